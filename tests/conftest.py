@@ -2,8 +2,8 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the commands that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it; commands inherit it
 
-import torch  # noqa: E402  (after the variable that it reads)
+import torch
 
 torch.set_num_threads(1)
