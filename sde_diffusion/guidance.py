@@ -1,0 +1,198 @@
+"""Guidance: score functions made from score functions.
+
+One meaning of ``scale`` throughout: gamma, with 0 unconditional and 1 conditional. Papers that write
+``(1 + w) eps_y - w eps_null`` (Ho & Salimans 2022, arXiv:2207.12598, eq. 6) have ``w = gamma - 1``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sde_diffusion.broadcast import expand
+from sde_diffusion.errors import require_finite
+from sde_diffusion.parametrization import (
+    Label,
+    Model,
+    batch_of_labels,
+    bind,
+    check_label,
+    select_labels,
+)
+from sde_diffusion.prediction import Prediction, ScoreFn, cost_of, select
+from sde_diffusion.sde import NoiseLevel
+
+Classifier = Callable[[Tensor, NoiseLevel], Tensor]
+
+
+def classifier_guided(
+    score_fn: ScoreFn, classifier: Classifier, label: int | Tensor, scale: float | Tensor = 1.0
+) -> ScoreFn:
+    """``score + scale * grad_x log p(label | x_t, t)`` (Dhariwal & Nichol 2021, arXiv:2105.05233, eq. 14).
+
+    The gradient of the batch's summed log-probability is taken once and flows under ``no_grad`` too;
+    with gradients enabled outside, it can itself be differentiated. It counts as one network pass.
+
+    Args:
+        score_fn: the unconditional score.
+        classifier: ``(x, level) -> logits`` of shape ``(B, C)``, on noised inputs.
+        label: one class, or ``(B,)`` classes.
+        scale: gamma; a number, a 0-d tensor, or ``(B,)``. The number 0 gives ``score_fn`` itself.
+    Raises:
+        ValueError: a label out of range (where the classifier has ``num_classes``), a scale not finite.
+    """
+    if label is None:
+        raise ValueError("label=None: classifier guidance needs a class to guide towards")
+    check_label(classifier, label)
+    if isinstance(scale, Tensor):
+        return _ClassifierGuided(score_fn, classifier, label, scale)
+    require_finite("scale", scale)
+    return score_fn if scale == 0 else _ClassifierGuided(score_fn, classifier, label, scale)
+
+
+def classifier_gradient(classifier: Classifier, x: Tensor, level: NoiseLevel, label: int | Tensor) -> Tensor:
+    """``grad_x log p(label | x_t)``, of ``x``'s shape."""
+    differentiable = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        if not differentiable:
+            x = x.clone() if x.is_inference() else x.detach()
+            level = level.map(lambda field: field.clone() if field.is_inference() else field)
+        inputs = x if x.requires_grad else x.requires_grad_()
+        log_probs = torch.log_softmax(classifier(inputs, level), dim=1)
+        chosen = log_probs.gather(1, batch_of_labels(label, x)[:, None])
+        (gradient,) = torch.autograd.grad(chosen.sum(), inputs, create_graph=differentiable)
+    return gradient
+
+
+class _ClassifierGuided:
+    def __init__(
+        self, score_fn: ScoreFn, classifier: Classifier, label: int | Tensor, scale: float | Tensor
+    ) -> None:
+        self.score_fn = score_fn
+        self.classifier = classifier
+        self.label = label
+        self.scale = scale
+
+    def cost_at(self, level: NoiseLevel) -> int:
+        return cost_of(self.score_fn, level) + 1
+
+    def __call__(self, x: Tensor, level: NoiseLevel) -> Prediction:
+        gradient = classifier_gradient(self.classifier, x, level, self.label)
+        weight = expand(self.scale * level.sigma, x)
+        return Prediction.from_eps(x, level, self.score_fn(x, level).eps - weight * gradient)
+
+    def select(self, indices: Tensor) -> _ClassifierGuided:
+        label = select_labels(self.label, indices)
+        scale = self.scale[indices] if isinstance(self.scale, Tensor) and self.scale.ndim else self.scale
+        return _ClassifierGuided(select(self.score_fn, indices), self.classifier, label, scale)  # type: ignore[arg-type]
+
+
+def classifier_free_guided(
+    model: Model,
+    label: int | Tensor,
+    scale: float | Tensor = 1.0,
+    interval: tuple[float, float] | None = None,
+    rescale: float = 0.0,
+) -> ScoreFn:
+    """``score_null + scale * (score_label - score_null)`` (Ho & Salimans 2022, arXiv:2207.12598).
+
+    Both scores come from one forward pass of twice the batch where the model has a ``null_label``. The
+    numbers 0 and 1 need one score only and cost one evaluation.
+
+    Args:
+        model: class-conditional, called ``(x, level, label)``; ``label=None`` is the null label.
+        label: one class, or ``(B,)`` classes.
+        scale: gamma; a number, a 0-d tensor, or ``(B,)``.
+        interval: ``(low, high)`` in sigma/alpha; outside it the conditional score alone is used
+            (Kynkaanniemi et al. 2024, arXiv:2404.07724), at the cost of one evaluation within
+            ``sample``, which knows the levels beforehand.
+        rescale: in [0, 1]: how far the guided x0 is brought back to the standard deviation, per
+            sample, of the conditional x0 (Lin et al. 2024, arXiv:2305.08891, eq. 14-16, in x0).
+    Raises:
+        ValueError: a model without classes, a label out of range, an interval that is not
+            ``0 <= low < high``, rescale outside [0, 1].
+    """
+    if label is None:
+        raise ValueError("label=None: classifier-free guidance needs a class to guide towards")
+    check_label(model, label)
+    if interval is not None and not 0 <= interval[0] < interval[1]:
+        raise ValueError(f"interval must be (low, high) in sigma/alpha with 0 <= low < high, got {interval!r}")
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"rescale must lie in [0, 1], got {rescale!r}")
+    if not isinstance(scale, Tensor):
+        require_finite("scale", scale)
+        if scale == 1:
+            return bind(model, label)
+        if scale == 0 and interval is None and rescale == 0:
+            return bind(model, None)
+    return _ClassifierFreeGuided(model, label, scale, interval, rescale)
+
+
+class _ClassifierFreeGuided:
+    def __init__(
+        self,
+        model: Model,
+        label: int | Tensor,
+        scale: float | Tensor,
+        interval: tuple[float, float] | None,
+        rescale: float,
+    ) -> None:
+        self.model = model
+        self.label = label
+        self.scale = scale
+        self.interval = interval
+        self.rescale = rescale
+        self.null_label: int | None = getattr(model, "null_label", None)
+
+    def cost_at(self, level: NoiseLevel) -> int:
+        cost: int = getattr(self.model, "cost", 1)
+        return cost if self._known_outside(level) else 2 * cost
+
+    def __call__(self, x: Tensor, level: NoiseLevel) -> Prediction:
+        if self._known_outside(level):
+            return self.model(x, level, self.label)
+        conditional, null = self._both(x, level)
+        guided = torch.lerp(null, conditional, self._weight(x, level))
+        prediction = Prediction.from_eps(x, level, guided)
+        if self.rescale == 0:
+            return prediction
+        reference = Prediction.from_eps(x, level, conditional).x0
+        return Prediction.from_x0(x, level, _rescaled(prediction.x0, reference, self.rescale))
+
+    def select(self, indices: Tensor) -> _ClassifierFreeGuided:
+        label = select_labels(self.label, indices)
+        scale = self.scale[indices] if isinstance(self.scale, Tensor) and self.scale.ndim else self.scale
+        return _ClassifierFreeGuided(self.model, label, scale, self.interval, self.rescale)  # type: ignore[arg-type]
+
+    def _known_outside(self, level: NoiseLevel) -> bool:
+        """Whether the level lies outside the interval, as far as the host can tell without a sync."""
+        ratio = getattr(level, "host_ratio", None)
+        if self.interval is None or ratio is None:
+            return False
+        return not self.interval[0] <= ratio <= self.interval[1]
+
+    def _both(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        if self.null_label is None:
+            return self.model(x, level, self.label).eps, self.model(x, level, None).eps
+        labels = batch_of_labels(self.label, x)
+        labels = torch.cat([labels, torch.full_like(labels, self.null_label)])
+        twice = level if level.t.ndim == 0 else level.map(lambda field: torch.cat([field, field]))
+        conditional, null = self.model(torch.cat([x, x]), twice, labels).eps.chunk(2)
+        return conditional, null
+
+    def _weight(self, x: Tensor, level: NoiseLevel) -> float | Tensor:
+        scale = self.scale
+        if self.interval is not None:
+            ratio = level.sigma_over_alpha
+            inside = (ratio >= self.interval[0]) & (ratio <= self.interval[1])
+            scale = torch.where(inside, scale, 1.0)
+        return expand(scale, x) if isinstance(scale, Tensor) else scale
+
+
+def _rescaled(guided: Tensor, reference: Tensor, rescale: float) -> Tensor:
+    if guided.ndim < 2 or guided[0].numel() < 2:
+        raise ValueError(f"rescale needs events of at least two elements, got shape {tuple(guided.shape)}")
+    factor = reference.flatten(1).std(1) / guided.flatten(1).std(1)
+    return guided * expand(1 + rescale * (factor - 1), guided)

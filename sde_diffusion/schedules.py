@@ -1,0 +1,43 @@
+"""The SDEs by name, for files and the command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sde_diffusion.errors import unknown_name
+from sde_diffusion.sde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, SubVPSDE
+from sde_diffusion.tabulated import TabulatedVPSDE
+
+SDES: dict[str, type[SDE]] = {
+    "vp": VPSDE,
+    "cosine": CosineVPSDE,
+    "subvp": SubVPSDE,
+    "ve": VESDE,
+    "edm": EDMSDE,
+}
+
+
+def named_sde(name: str) -> SDE:
+    """The SDE called ``name`` (``vp``, ``cosine``, ``subvp``, ``ve``, ``edm``) with its default settings."""
+    if name not in SDES:
+        raise unknown_name("SDE", name, SDES)
+    return SDES[name]()
+
+
+def sde_from_config(config: dict[str, Any]) -> SDE:
+    """The SDE whose ``config()`` this is.
+
+    Raises:
+        ValueError: an unknown kind, or settings that this kind does not take.
+    """
+    kinds = {kind.__name__: kind for kind in (*SDES.values(), TabulatedVPSDE)}
+    settings = dict(config)
+    kind = settings.pop("kind", None)
+    if kind not in kinds:
+        raise unknown_name("SDE kind", kind, kinds)
+    if kind == "TabulatedVPSDE" and "betas" in settings:
+        settings["betas"] = tuple(settings["betas"])
+    try:
+        return kinds[kind](**settings)
+    except TypeError as error:
+        raise ValueError(f"settings of SDE kind {kind!r} do not fit: {error}") from None

@@ -1,0 +1,261 @@
+"""Exact targets: Gaussian mixtures, whose density, score and posterior under every SDE are closed-form.
+
+Under ``x_t = alpha x_0 + sigma eps`` a mixture stays a mixture,
+``p_t = sum_k w_k N(alpha mu_k, alpha^2 Sigma_k + sigma^2 I)``. Everything is computed in float64, in
+log-space and in the eigenbasis of each covariance, by operations that treat every sample alike: the
+result for one sample is the same, bit for bit, in whatever batch it stands.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sde_diffusion.broadcast import expand
+from sde_diffusion.errors import require_count
+from sde_diffusion.parametrization import Label, batch_of_labels, check_label, select_labels
+from sde_diffusion.prediction import Prediction, ScoreFn
+from sde_diffusion.sde import SDE, NoiseLevel
+
+_DATA = NoiseLevel(*(torch.tensor(v, dtype=torch.float64) for v in (0.0, 1.0, 0.0, math.inf, 0.0, 0.0)))
+
+
+class GaussianMixture:
+    """``sum_k w_k N(mu_k, Sigma_k)`` with a class label on each component.
+
+    Args:
+        means: ``(K, D)``.
+        covariances: ``(K, D, D)`` full, ``(K, D)`` diagonal, or ``(K,)`` isotropic variances; positive
+            semidefinite.
+        weights: ``(K,)``, positive, normalised here; equal by default.
+        labels: ``(K,)`` integers from 0; all 0 by default. Several components may share a class.
+    Raises:
+        ValueError: shapes that do not fit, values that are not finite, a covariance that is not symmetric
+            positive semidefinite, weights or labels out of range.
+    """
+
+    def __init__(
+        self,
+        means: Tensor,
+        covariances: Tensor,
+        weights: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> None:
+        self.means = _finite("means", means)
+        if self.means.ndim != 2 or 0 in self.means.shape:
+            raise ValueError(f"means must have shape (K, D), got {tuple(means.shape)}")
+        count, self.dimension = self.means.shape
+        self.variances, self.rotation = _eigenbasis(_finite("covariances", covariances), count, self.dimension)
+        weights = torch.ones(count) if weights is None else weights
+        weights = _finite("weights", weights)
+        if weights.shape != (count,) or bool((weights <= 0).any()):
+            raise ValueError(f"weights must be {count} positive numbers, got {weights.tolist()}")
+        self.weights = weights / weights.sum()
+        labels = torch.zeros(count, dtype=torch.long) if labels is None else torch.as_tensor(labels)
+        if labels.shape != (count,) or labels.is_floating_point() or bool((labels < 0).any()):
+            raise ValueError(f"labels must be {count} integers from 0, got {labels.tolist()}")
+        self.labels = labels.long().cpu()
+        self.num_classes = int(self.labels.max()) + 1
+        missing = sorted(set(range(self.num_classes)) - set(self.labels.tolist()))
+        if missing:
+            raise ValueError(f"labels must use every class from 0 to {self.num_classes - 1}; missing: {missing}")
+        self._on_device: dict[torch.device, _Parameters] = {}
+
+    def conditional(self, label: int) -> GaussianMixture:
+        """The law of one class, itself a mixture with the single class 0."""
+        check_label(self, label)
+        chosen = self.labels == label
+        covariances = self._covariances()[chosen]
+        return GaussianMixture(self.means[chosen], covariances, self.weights[chosen])
+
+    def mean(self) -> Tensor:
+        """Mean of the mixture, ``(D,)`` float64."""
+        return self.weights @ self.means
+
+    def covariance(self) -> Tensor:
+        """Covariance of the mixture, ``(D, D)`` float64."""
+        within = torch.einsum("k,kij->ij", self.weights, self._full_covariances())
+        centred = self.means - self.mean()
+        return within + torch.einsum("k,ki,kj->ij", self.weights, centred, centred)
+
+    def sample(
+        self, n: int, seed: int, label: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """``n`` exact samples and their classes, ``(n, D)`` and ``(n,)``, on the CPU.
+
+        Args:
+            label: draw from one class only.
+        """
+        require_count("n", n, least=0)
+        if label is not None:
+            check_label(self, label)
+        generator = torch.Generator().manual_seed(seed)
+        weights = self.weights if label is None else self.weights * (self.labels == label)
+        component = torch.multinomial(weights, n, replacement=True, generator=generator) if n else torch.empty(0).long()
+        noise = torch.randn(n, self.dimension, generator=generator, dtype=torch.float64)
+        noise = noise * self.variances[component].sqrt()
+        if self.rotation is not None:
+            noise = torch.einsum("nij,nj->ni", self.rotation[component], noise)
+        return (self.means[component] + noise).to(dtype), self.labels[component]
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density at ``x`` in nats: ``(B, D) -> (B,)``, in ``x``'s dtype."""
+        return self.log_prob_at(x, _DATA)
+
+    def log_prob_at(self, x: Tensor, level: NoiseLevel) -> Tensor:
+        """Log-density of ``x_t`` at a noise level, 0-d or ``(B,)``: ``(B, D) -> (B,)``."""
+        joint, _ = self._joint(x, level)
+        return torch.logsumexp(joint, 1).to(x.dtype)
+
+    def score_fn(self, sde: SDE, label: Label = None) -> ScoreFn:
+        """The exact score under ``sde``, of the whole mixture or of one class (int, or ``(B,)`` classes)."""
+        check_label(self, label)
+        if isinstance(label, int):
+            return _ExactScore(self.conditional(label), None)
+        return _ExactScore(self, label)
+
+    def model(self, sde: SDE) -> ExactModel:
+        """The exact scores as a class-conditional model, ``(x, level, label=None) -> Prediction``."""
+        return ExactModel(self)
+
+    def classifier(self, sde: SDE) -> ExactClassifier:
+        """The exact class posterior as ``(x, level) -> logits (B, C)``: ``log p(class, x_t)``."""
+        return ExactClassifier(self)
+
+    def predict(self, x: Tensor, level: NoiseLevel, label: Tensor | None = None) -> Prediction:
+        """The exact prediction; ``label`` ``(B,)`` long, with ``num_classes`` for the whole mixture."""
+        joint, pull = self._joint(x, level)
+        if label is not None:
+            joint = joint + self._parameters(x.device).class_mask[label]
+        responsibility = torch.softmax(joint, 1)
+        parameters = self._parameters(x.device)
+        pull = responsibility[:, :, None] * pull
+        if parameters.rotation is not None:
+            pull = _rotate(pull, parameters.rotation.mT)
+        return Prediction.from_score(x, level, -pull.sum(1).to(x.dtype))
+
+    def _joint(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """``log w_k N(x; k)``, ``(B, K)``, and ``Sigma_k(t)^-1 (x - alpha mu_k)`` in the eigenbasis, ``(B, K, D)``."""
+        if x.ndim != 2 or x.shape[1] != self.dimension:
+            raise ValueError(f"x must have shape (B, {self.dimension}), got {tuple(x.shape)}")
+        parameters = self._parameters(x.device)
+        wide = x.double()[:, None, :]
+        alpha, sigma = (expand(field.double(), wide) for field in (level.alpha, level.sigma))
+        offset = wide - alpha * parameters.means
+        if parameters.rotation is not None:
+            offset = _rotate(offset, parameters.rotation)
+        variance = alpha**2 * parameters.variances + sigma**2
+        pull = offset / variance
+        log_volume = 0.5 * torch.log(2 * math.pi * variance).sum(-1)
+        return parameters.log_weights - log_volume - 0.5 * (offset * pull).sum(-1), pull
+
+    def _parameters(self, device: torch.device) -> _Parameters:
+        if device not in self._on_device:
+            self._on_device[device] = _Parameters(self, device)
+        return self._on_device[device]
+
+    def _covariances(self) -> Tensor:
+        return self.variances if self.rotation is None else self._full_covariances()
+
+    def _full_covariances(self) -> Tensor:
+        if self.rotation is None:
+            return torch.diag_embed(self.variances)
+        return self.rotation @ torch.diag_embed(self.variances) @ self.rotation.mT
+
+
+class _Parameters:
+    """The mixture's numbers on one device."""
+
+    def __init__(self, mixture: GaussianMixture, device: torch.device) -> None:
+        self.means = mixture.means.to(device)
+        self.variances = mixture.variances.to(device)
+        self.rotation = None if mixture.rotation is None else mixture.rotation.to(device)
+        self.log_weights = mixture.weights.log().to(device)
+        classes = torch.arange(mixture.num_classes + 1)[:, None]
+        known = (mixture.labels == classes) | (classes == mixture.num_classes)
+        self.class_mask = torch.where(known, 0.0, -math.inf).double().to(device)
+
+
+def _rotate(offset: Tensor, rotation: Tensor) -> Tensor:
+    """``(B, K, D)`` times ``(K, D, D)``, summed in a fixed order: a matrix product's depends on the batch."""
+    total = offset[:, :, :1] * rotation[:, 0]
+    for j in range(1, rotation.shape[1]):
+        total = total + offset[:, :, j : j + 1] * rotation[:, j]
+    return total
+
+
+class _ExactScore:
+    cost = 1
+
+    def __init__(self, mixture: GaussianMixture, label: Tensor | None) -> None:
+        self.mixture = mixture
+        self.label = label
+
+    def __call__(self, x: Tensor, level: NoiseLevel) -> Prediction:
+        label = None if self.label is None else batch_of_labels(self.label, x)
+        return self.mixture.predict(x, level, label)
+
+    def select(self, indices: Tensor) -> _ExactScore:
+        return _ExactScore(self.mixture, select_labels(self.label, indices))  # type: ignore[arg-type]
+
+
+class ExactModel:
+    """A mixture's conditional scores, called like a class-conditional network."""
+
+    cost = 1
+
+    def __init__(self, mixture: GaussianMixture) -> None:
+        self.mixture = mixture
+        self.num_classes = mixture.num_classes
+        self.null_label = mixture.num_classes
+
+    def __call__(self, x: Tensor, level: NoiseLevel, label: Label = None) -> Prediction:
+        return self.mixture.predict(x, level, None if label is None else batch_of_labels(label, x))
+
+
+class ExactClassifier:
+    """A mixture's class posterior given ``x_t``, called like a noise-aware classifier."""
+
+    def __init__(self, mixture: GaussianMixture) -> None:
+        self.mixture = mixture
+        self.num_classes = mixture.num_classes
+
+    def __call__(self, x: Tensor, level: NoiseLevel) -> Tensor:
+        """Logits ``(B, C)``: ``log p(class, x_t)``, in ``x``'s dtype."""
+        joint, _ = self.mixture._joint(x, level)
+        labels = self.mixture.labels
+        logits = [joint[:, (labels == c).to(x.device)].logsumexp(1) for c in range(self.num_classes)]
+        return torch.stack(logits, 1).to(x.dtype)
+
+
+def _finite(name: str, value: Tensor) -> Tensor:
+    value = torch.as_tensor(value).detach().cpu().double()
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got {value.tolist()}")
+    return value
+
+
+def _eigenbasis(covariances: Tensor, count: int, dimension: int) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues ``(K, D)`` and, for full covariances, eigenvectors ``(K, D, D)`` in columns."""
+    shapes = {(count,), (count, dimension), (count, dimension, dimension)}
+    if tuple(covariances.shape) not in shapes:
+        raise ValueError(
+            f"covariances must have shape ({count},), ({count}, {dimension}) or "
+            f"({count}, {dimension}, {dimension}), got {tuple(covariances.shape)}"
+        )
+    rotation = None
+    if covariances.ndim == 3:
+        if not torch.allclose(covariances, covariances.mT, rtol=1e-6, atol=1e-12):
+            raise ValueError("covariances must be symmetric matrices")
+        # Symmetrised because rounding of a float32 matrix would otherwise reach the eigenvectors.
+        variances, rotation = torch.linalg.eigh(0.5 * (covariances + covariances.mT))
+        # Eigenvalues of a singular matrix come out as rounding noise around 0.
+        noise = 1e-6 * variances.abs().amax(1, keepdim=True)
+        variances = torch.where(variances.abs() <= 1e-9 * noise, 0.0, variances)
+    else:
+        variances = covariances if covariances.ndim == 2 else covariances[:, None].expand(count, dimension)
+    if bool((variances < 0).any()):
+        raise ValueError(f"covariances must be positive semidefinite, got an eigenvalue {variances.min().item():g}")
+    return variances.contiguous(), rotation
