@@ -1,0 +1,1 @@
+"""What we learn: comparisons of samplers, their metrics, results and pictures."""
