@@ -1,0 +1,294 @@
+"""A run folder: ``results.json`` beside the pictures of one run.
+
+The file is rewritten after each row, whole or not at all, so that whatever stops a run leaves the
+rows that were finished. ``results.schema.json`` beside this module says what is in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata, resources
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from experiments.estimates import Estimate
+
+SCHEMA_VERSION = 1
+RESULTS = "results.json"
+_PACKAGES = (
+    "sde-diffusion",
+    "torch",
+    "numpy",
+    "scipy",
+    "torchsde",
+    "torchdiffeq",
+    "POT",
+    "torchmetrics",
+    "scikit-learn",
+    "matplotlib",
+    "diffusers",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One cell of a comparison: a sampler on a target, at one number of evaluations.
+
+    Attributes:
+        solver: its catalogue name; ``settings`` are what it was constructed with.
+        sde, target: names.
+        guidance: "none", "classifier" or "cfg"; ``scale`` is γ, None without guidance.
+        steps: None where the solver chooses its own.
+        nfe, network_passes: per sample; ``nfe`` and ``network_passes`` are measured.
+        seconds: wall time of sampling, all samples of the row.
+        metrics: name -> estimate; empty where the row failed.
+        extra: further keys of the row (``seed``, ``status``, ``label``, ``samples``, ...).
+    """
+
+    solver: str
+    settings: Mapping[str, Any]
+    sde: str
+    target: str
+    guidance: str = "none"
+    scale: float | None = None
+    steps: int | None
+    nfe: float
+    network_passes: float
+    seconds: float
+    metrics: Mapping[str, Estimate]
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = {f.name for f in dataclasses.fields(self)} - {"extra"}
+        if taken := names & set(self.extra):
+            raise ValueError(f"extra must not repeat a row's own keys, got {sorted(taken)}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row as it stands in results.json."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        extra = own.pop("extra")
+        own["metrics"] = {name: _plain_estimate(e) for name, e in self.metrics.items()}
+        row: dict[str, Any] = plain({**own, **extra})
+        return row
+
+
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """Make the folder ``path`` where it is missing and write a file in it.
+
+    Raises:
+        ValueError: it cannot be made or written; names ``--out`` and the reason.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0")
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ValueError(
+            f"--out {str(folder)!r} cannot be written ({reason}); name a folder that can be"
+        ) from None
+    return folder
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` so that it holds the old text or the new, never a part."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp lets only the owner read
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class RunFolder:
+    """Collects the rows and the floor of one run and keeps results.json up to date.
+
+    Use it as a context manager: the file says "running" until the block ends, then "finished",
+    "interrupted" (Ctrl-C) or "failed".
+
+    Args:
+        path: the folder; made and tried at once, before any work.
+        experiment: "compare", "steps", ...
+        config: all that determines the run, JSON-like.
+        device: where the run samples.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        experiment: str,
+        config: Mapping[str, Any],
+        *,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.path = check_writable(path)
+        self.rows: list[dict[str, Any]] = []
+        self.floor: dict[str, dict[str, Any]] = {}
+        self.status = "running"
+        self._head: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "experiment": experiment,
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "config": plain(config),
+            "environment": environment(device),
+        }
+
+    def add(self, row: Row) -> None:
+        """Add a finished row and write the file."""
+        self.rows.append(row.as_dict())
+        self.write()
+
+    def set_floor(self, target: str, metrics: Mapping[str, Estimate]) -> None:
+        """What true samples of ``target`` score against true samples; writes the file."""
+        self.floor[target] = {name: _plain_estimate(e) for name, e in metrics.items()}
+        self.write()
+
+    def write(self) -> None:
+        """Write results.json as it now stands."""
+        write_whole(
+            self.path / RESULTS,
+            json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """All that results.json holds."""
+        return {**self._head, "status": self.status, "floor": self.floor, "rows": self.rows}
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.status = "finished"
+        else:
+            self.status = "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
+        self.write()
+
+
+def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The results of a run folder, or of a results.json.
+
+    Raises:
+        ValueError: there is none, it is not JSON, or its schema is newer than this program's.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / RESULTS
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"no results at {str(file)!r} ({error.strerror}); name the folder of a finished run"
+        ) from None
+    except ValueError:  # not JSON, or not UTF-8
+        raise ValueError(
+            f"{str(file)!r} is damaged: it is not JSON; run again to replace it"
+        ) from None
+    version = results.get("schema_version") if isinstance(results, dict) else None
+    if not isinstance(version, int):
+        raise ValueError(f"{str(file)!r} is not a results file: it has no schema_version")
+    if version > SCHEMA_VERSION:
+        raise ValueError(
+            f"{str(file)!r} has schema version {version}, this program reads up to "
+            f"{SCHEMA_VERSION}; update sde-diffusion"
+        )
+    return results
+
+
+def results_schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of results.json."""
+    text = resources.files("experiments").joinpath("results.schema.json").read_text("utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """What a reader must know to repeat the timings: versions, processor, threads, device."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "device": str(device),
+        "device_name": name,
+        "versions": {package: _version(package) for package in _PACKAGES},
+    }
+
+
+def plain(value: Any) -> Any:
+    """``value`` in JSON's types: NaN and infinity become null, tensors lists, the rest its text."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        return {"name": type(value).__name__, **plain(fields)}
+    return str(value)
+
+
+def _plain_estimate(found: Estimate) -> dict[str, float | None]:
+    return {"value": plain(float(found.value)), "stderr": plain(found.stderr)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
