@@ -48,7 +48,7 @@ __all__ = [
     "edm_noise_label",
     "named_sde",
     "named_target",
-    "sde_from_config",
     "scaled_time",
+    "sde_from_config",
     "table_index",
 ]

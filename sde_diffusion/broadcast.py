@@ -8,12 +8,12 @@ from torch import Tensor
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
     """Reshape a 0-d or ``(B,)`` coefficient so that it multiplies ``x`` of shape ``(B, *event)``.
 
-    The result has ``x``'s dtype: a ``(B,)`` float64 coefficient must not promote a float32 state.
+    A ``(B,)`` coefficient takes ``x``'s dtype, so that float64 does not promote a float32 state; a
+    0-d one never promotes and is returned as it is.
     """
-    coefficient = coefficient.to(x.dtype)
-    if coefficient.ndim == 0 or coefficient.ndim == x.ndim:
+    if coefficient.ndim == 0:
         return coefficient
-    return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
+    return coefficient.to(x.dtype).reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
 
 
 def per_sample_norm(x: Tensor) -> Tensor:

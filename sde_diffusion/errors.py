@@ -34,7 +34,9 @@ def require_finite(name: str, value: float, *, above: float = -math.inf) -> None
     try:
         ok = math.isfinite(value) and value > above
     except TypeError:
-        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})") from None
+        raise TypeError(
+            f"{name} must be a number, got {value!r} ({type(value).__name__})"
+        ) from None
     if not ok:
         bound = "" if above == -math.inf else f" greater than {above:g}"
         raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")

@@ -1,7 +1,8 @@
 """Guidance: score functions made from score functions.
 
-One meaning of ``scale`` throughout: gamma, with 0 unconditional and 1 conditional. Papers that write
-``(1 + w) eps_y - w eps_null`` (Ho & Salimans 2022, arXiv:2207.12598, eq. 6) have ``w = gamma - 1``.
+One meaning of ``scale`` throughout: gamma, with 0 unconditional and 1 conditional. Papers that
+write ``(1 + w) eps_y - w eps_null`` (Ho & Salimans 2022, arXiv:2207.12598, eq. 6) have ``w = gamma
+- 1``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from torch import Tensor
 from sde_diffusion.broadcast import expand
 from sde_diffusion.errors import require_finite
 from sde_diffusion.parametrization import (
-    Label,
     Model,
     batch_of_labels,
     bind,
@@ -30,10 +30,12 @@ Classifier = Callable[[Tensor, NoiseLevel], Tensor]
 def classifier_guided(
     score_fn: ScoreFn, classifier: Classifier, label: int | Tensor, scale: float | Tensor = 1.0
 ) -> ScoreFn:
-    """``score + scale * grad_x log p(label | x_t, t)`` (Dhariwal & Nichol 2021, arXiv:2105.05233, eq. 14).
+    """``score + scale * grad_x log p(label | x_t, t)`` (Dhariwal & Nichol 2021, arXiv:2105.05233,
+    eq. 14).
 
-    The gradient of the batch's summed log-probability is taken once and flows under ``no_grad`` too;
-    with gradients enabled outside, it can itself be differentiated. It counts as one network pass.
+    The gradient of the batch's summed log-probability is taken once and flows under ``no_grad``
+    too; with gradients enabled outside, it can itself be differentiated. It counts as one network
+    pass.
 
     Args:
         score_fn: the unconditional score.
@@ -41,7 +43,8 @@ def classifier_guided(
         label: one class, or ``(B,)`` classes.
         scale: gamma; a number, a 0-d tensor, or ``(B,)``. The number 0 gives ``score_fn`` itself.
     Raises:
-        ValueError: a label out of range (where the classifier has ``num_classes``), a scale not finite.
+        ValueError: a label out of range (where the classifier has ``num_classes``), a scale not
+        finite.
     """
     if label is None:
         raise ValueError("label=None: classifier guidance needs a class to guide towards")
@@ -52,7 +55,9 @@ def classifier_guided(
     return score_fn if scale == 0 else _ClassifierGuided(score_fn, classifier, label, scale)
 
 
-def classifier_gradient(classifier: Classifier, x: Tensor, level: NoiseLevel, label: int | Tensor) -> Tensor:
+def classifier_gradient(
+    classifier: Classifier, x: Tensor, level: NoiseLevel, label: int | Tensor
+) -> Tensor:
     """``grad_x log p(label | x_t)``, of ``x``'s shape."""
     differentiable = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
@@ -85,7 +90,11 @@ class _ClassifierGuided:
 
     def select(self, indices: Tensor) -> _ClassifierGuided:
         label = select_labels(self.label, indices)
-        scale = self.scale[indices] if isinstance(self.scale, Tensor) and self.scale.ndim else self.scale
+        scale = (
+            self.scale[indices]
+            if isinstance(self.scale, Tensor) and self.scale.ndim
+            else self.scale
+        )
         return _ClassifierGuided(select(self.score_fn, indices), self.classifier, label, scale)  # type: ignore[arg-type]
 
 
@@ -98,8 +107,8 @@ def classifier_free_guided(
 ) -> ScoreFn:
     """``score_null + scale * (score_label - score_null)`` (Ho & Salimans 2022, arXiv:2207.12598).
 
-    Both scores come from one forward pass of twice the batch where the model has a ``null_label``. The
-    numbers 0 and 1 need one score only and cost one evaluation.
+    Both scores come from one forward pass of twice the batch where the model has a ``null_label``.
+    The numbers 0 and 1 need one score only and cost one evaluation.
 
     Args:
         model: class-conditional, called ``(x, level, label)``; ``label=None`` is the null label.
@@ -118,7 +127,9 @@ def classifier_free_guided(
         raise ValueError("label=None: classifier-free guidance needs a class to guide towards")
     check_label(model, label)
     if interval is not None and not 0 <= interval[0] < interval[1]:
-        raise ValueError(f"interval must be (low, high) in sigma/alpha with 0 <= low < high, got {interval!r}")
+        raise ValueError(
+            f"interval must be (low, high) in sigma/alpha with 0 <= low < high, got {interval!r}"
+        )
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must lie in [0, 1], got {rescale!r}")
     if not isinstance(scale, Tensor):
@@ -163,11 +174,16 @@ class _ClassifierFreeGuided:
 
     def select(self, indices: Tensor) -> _ClassifierFreeGuided:
         label = select_labels(self.label, indices)
-        scale = self.scale[indices] if isinstance(self.scale, Tensor) and self.scale.ndim else self.scale
+        scale = (
+            self.scale[indices]
+            if isinstance(self.scale, Tensor) and self.scale.ndim
+            else self.scale
+        )
         return _ClassifierFreeGuided(self.model, label, scale, self.interval, self.rescale)  # type: ignore[arg-type]
 
     def _known_outside(self, level: NoiseLevel) -> bool:
-        """Whether the level lies outside the interval, as far as the host can tell without a sync."""
+        """Whether the level lies outside the interval, as far as the host can tell without a
+        sync."""
         ratio = getattr(level, "host_ratio", None)
         if self.interval is None or ratio is None:
             return False
@@ -188,11 +204,13 @@ class _ClassifierFreeGuided:
             ratio = level.sigma_over_alpha
             inside = (ratio >= self.interval[0]) & (ratio <= self.interval[1])
             scale = torch.where(inside, scale, 1.0)
-        return expand(scale, x) if isinstance(scale, Tensor) else scale
+        return expand(scale, x).to(x.dtype) if isinstance(scale, Tensor) else scale
 
 
 def _rescaled(guided: Tensor, reference: Tensor, rescale: float) -> Tensor:
     if guided.ndim < 2 or guided[0].numel() < 2:
-        raise ValueError(f"rescale needs events of at least two elements, got shape {tuple(guided.shape)}")
+        raise ValueError(
+            f"rescale needs events of at least two elements, got shape {tuple(guided.shape)}"
+        )
     factor = reference.flatten(1).std(1) / guided.flatten(1).std(1)
     return guided * expand(1 + rescale * (factor - 1), guided)

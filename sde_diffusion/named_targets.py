@@ -1,4 +1,5 @@
-"""The exact targets by name. All are scaled to about unit standard deviation, as data for training is."""
+"""The exact targets by name. All are scaled to about unit standard deviation, as data for training
+is."""
 
 from __future__ import annotations
 
@@ -57,8 +58,12 @@ def _fine_mixture(curves: list[Tensor], width: float) -> GaussianMixture:
     """Equal isotropic components along curves, one class each, scaled to unit mean variance."""
     points = torch.cat(curves)
     scale = (points.var(0, correction=0).mean() + width**2).sqrt()
-    labels = torch.repeat_interleave(torch.arange(len(curves)), torch.tensor([len(c) for c in curves]))
-    return GaussianMixture(points / scale, torch.full((len(points),), width**2) / scale**2, labels=labels)
+    labels = torch.repeat_interleave(
+        torch.arange(len(curves)), torch.tensor([len(c) for c in curves])
+    )
+    return GaussianMixture(
+        points / scale, torch.full((len(points),), width**2) / scale**2, labels=labels
+    )
 
 
 TARGETS: dict[str, Callable[[], GaussianMixture]] = {

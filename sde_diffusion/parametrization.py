@@ -2,8 +2,8 @@
 
 A model is called ``(x, level, label=None) -> Prediction``. The network inside is called
 ``net(x, time_label)``, or ``net(x, time_label, label)`` with ``time_label`` and ``label`` of shape
-``(B,)``. What the time label is (t, an integer step, log sigma) belongs to the network's training, so
-only the wrapper knows it.
+``(B,)``. What the time label is (t, an integer step, log sigma) belongs to the network's training,
+so only the wrapper knows it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def scaled_time(scale: float) -> TimeLabel:
 
 
 def table_index(n: int) -> TimeLabel:
-    """The integer step ``i`` of a chain of ``n`` steps whose times are ``(i + 1) / n``, by rounding."""
+    """The integer step ``i`` of a chain of ``n`` steps whose times are ``(i + 1) / n``, by
+    rounding."""
     require_count("n", n)
     return lambda level: (level.t * n).round().long().sub(1).clamp(0, n - 1)
 
@@ -73,7 +74,9 @@ class ParametrizedModel(nn.Module, ABC):
         self.net = net
         self.sde = sde
         self.time_label = time_label
-        self.null_label: int | None = getattr(net, "null_label", None) if null_label is None else null_label
+        self.null_label: int | None = (
+            getattr(net, "null_label", None) if null_label is None else null_label
+        )
 
     @property
     def num_classes(self) -> int | None:
@@ -81,7 +84,8 @@ class ParametrizedModel(nn.Module, ABC):
         return getattr(self.net, "num_classes", None)
 
     def forward(self, x: Tensor, level: NoiseLevel, label: Label = None) -> Prediction:
-        """The estimate at ``x`` ``(B, *event)``, ``level`` 0-d or ``(B,)``, for one label, ``(B,)`` labels or none."""
+        """The estimate at ``x`` ``(B, *event)``, ``level`` 0-d or ``(B,)``, for one label, ``(B,)``
+        labels or none."""
         return self._predict(x, level, label)
 
     @abstractmethod
@@ -135,7 +139,9 @@ class ScoreModel(ParametrizedModel):
             NCSNv2 (Song & Ermon 2020, arXiv:2006.09011, technique 3).
     """
 
-    def __init__(self, net: nn.Module, sde: SDE, *, divide_by_sigma: bool = False, **settings: Any) -> None:
+    def __init__(
+        self, net: nn.Module, sde: SDE, *, divide_by_sigma: bool = False, **settings: Any
+    ) -> None:
         super().__init__(net, sde, **settings)
         self.divide_by_sigma = divide_by_sigma
 
@@ -175,7 +181,9 @@ class EDMModel(ParametrizedModel):
         scale_in = expand(total.rsqrt() / level.alpha, x)
         skip = expand(self.sigma_data**2 / (total * level.alpha), x)
         scale_out = expand(ratio * self.sigma_data * total.rsqrt(), x)
-        return Prediction.from_x0(x, level, skip * x + scale_out * self._call(scale_in * x, level, label))
+        return Prediction.from_x0(
+            x, level, skip * x + scale_out * self._call(scale_in * x, level, label)
+        )
 
 
 def check_label(model: object, label: Label) -> None:
@@ -187,7 +195,10 @@ def check_label(model: object, label: Label) -> None:
         return
     if isinstance(label, Tensor):
         if label.is_floating_point() or label.is_complex() or label.ndim > 1:
-            raise ValueError(f"label must be an int or a 1-d integer tensor, got {label.dtype} {tuple(label.shape)}")
+            raise ValueError(
+                "label must be an int or a 1-d integer tensor, got "
+                f"{label.dtype} {tuple(label.shape)}"
+            )
     elif isinstance(label, bool) or not isinstance(label, int):
         raise TypeError(f"label must be an int, a (B,) integer tensor or None, got {label!r}")
     inner = getattr(model, "net", model)
@@ -195,11 +206,17 @@ def check_label(model: object, label: Label) -> None:
         return
     num_classes = inner.num_classes
     if not num_classes:
-        raise ValueError(f"label={label!r} needs a class-conditional model, and this one has no classes")
-    low, high = (int(label.min()), int(label.max())) if isinstance(label, Tensor) else (label, label)
+        raise ValueError(
+            f"label={label!r} needs a class-conditional model, and this one has no classes"
+        )
+    low, high = (
+        (int(label.min()), int(label.max())) if isinstance(label, Tensor) else (label, label)
+    )
     if low < 0 or high >= num_classes:
         wrong = low if low < 0 else high
-        raise ValueError(f"label must lie in 0..{num_classes - 1} ({num_classes} classes), got {wrong}")
+        raise ValueError(
+            f"label must lie in 0..{num_classes - 1} ({num_classes} classes), got {wrong}"
+        )
 
 
 class _Bound:

@@ -15,8 +15,8 @@ class Prediction:
 
     Tweedie's formula and the definition of the perturbation kernel tie the four together:
     ``x = alpha x0 + sigma eps``, ``score = -eps / sigma``, ``v = alpha eps - sigma x0``
-    (Salimans & Ho 2022, arXiv:2202.00512, app. D, for v). For SDEs that do not preserve variance, v keeps this
-    definition, and ``x0 = (alpha x - sigma v) / (alpha^2 + sigma^2)``.
+    (Salimans & Ho 2022, arXiv:2202.00512, app. D, for v). For SDEs that do not preserve variance, v
+    keeps this definition, and ``x0 = (alpha x - sigma v) / (alpha^2 + sigma^2)``.
 
     A form is computed when first read and kept. All have the shape of ``x``, ``(B, *event)``.
     """
@@ -105,7 +105,8 @@ class Prediction:
 class ScoreFn(Protocol):
     """A network, a guided one, an exact target: a solver cannot tell which.
 
-    Called with the state ``(B, *event)`` and its noise level. Optional attributes, read where present:
+    Called with the state ``(B, *event)`` and its noise level. Optional attributes, read where
+    present:
 
     * ``cost``: network passes per call (1 when absent), or ``cost_at(level)`` where it changes;
     * ``select(indices)``: the score function of those samples of the batch, for those that hold

@@ -18,7 +18,8 @@ SDES: dict[str, type[SDE]] = {
 
 
 def named_sde(name: str) -> SDE:
-    """The SDE called ``name`` (``vp``, ``cosine``, ``subvp``, ``ve``, ``edm``) with its default settings."""
+    """The SDE called ``name`` (``vp``, ``cosine``, ``subvp``, ``ve``, ``edm``) with its default
+    settings."""
     if name not in SDES:
         raise unknown_name("SDE", name, SDES)
     return SDES[name]()
@@ -30,7 +31,8 @@ def sde_from_config(config: dict[str, Any]) -> SDE:
     Raises:
         ValueError: an unknown kind, or settings that this kind does not take.
     """
-    kinds = {kind.__name__: kind for kind in (*SDES.values(), TabulatedVPSDE)}
+    every: list[type[SDE]] = [*SDES.values(), TabulatedVPSDE]
+    kinds = {kind.__name__: kind for kind in every}
     settings = dict(config)
     kind = settings.pop("kind", None)
     if kind not in kinds:

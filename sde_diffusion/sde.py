@@ -51,7 +51,8 @@ class NoiseLevel(NamedTuple):
 
 
 class HostedLevel(NoiseLevel):
-    """A level prepared before a loop, whose ratio the host knows too, so that a branch needs no sync."""
+    """A level prepared before a loop, whose ratio the host knows too, so that a branch needs no
+    sync."""
 
     host_ratio: float
 
@@ -78,7 +79,8 @@ def _wide(value: Tensor) -> Tensor:
 
 
 class SDE(ABC):
-    """A linear SDE with scalar diffusion on ``[0, t_max]``, sampled from ``t_max`` down to ``t_min``.
+    """A linear SDE with scalar diffusion on ``[0, t_max]``, sampled from ``t_max`` down to
+    ``t_min``.
 
     A subclass gives ``_schedule`` and its inverse ``_time``; both receive float64 tensors.
 
@@ -119,9 +121,12 @@ class SDE(ABC):
         return self._time(_wide(half_log_snr)).to(half_log_snr.dtype)
 
     def perturb(self, x0: Tensor, t: float | Tensor, noise: Tensor) -> Tensor:
-        """``x_t = alpha x_0 + sigma noise``, with ``x0`` and ``noise`` ``(B, *event)``, t 0-d or ``(B,)``."""
+        """``x_t = alpha x_0 + sigma noise``, with ``x0`` and ``noise`` ``(B, *event)``, t 0-d or
+        ``(B,)``."""
         if noise.shape != x0.shape:
-            raise ValueError(f"noise has shape {tuple(noise.shape)}, x0 has {tuple(x0.shape)}: equal shapes needed")
+            raise ValueError(
+                f"noise must have x0's shape {tuple(x0.shape)}, got {tuple(noise.shape)}"
+            )
         level = self.at(t)
         return expand(level.alpha, x0) * x0 + expand(level.sigma, x0) * noise
 
@@ -144,7 +149,9 @@ class SDE(ABC):
         require_finite("t_min", self.t_min, above=0.0)
         require_finite("t_max", self.t_max)
         if self.t_min >= self.t_max:
-            raise ValueError(f"t_min must be below t_max, got t_min={self.t_min!r}, t_max={self.t_max!r}")
+            raise ValueError(
+                f"t_min must be below t_max, got t_min={self.t_min!r}, t_max={self.t_max!r}"
+            )
 
 
 def _check_betas(beta_min: float, beta_max: float) -> None:
@@ -206,10 +213,12 @@ class VPSDE(SDE):
 
 @dataclass(frozen=True)
 class CosineVPSDE(SDE):
-    """Variance preserving with the cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17).
+    """Variance preserving with the cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672, eq.
+    17).
 
-    ``alpha`` reaches 0 at t = 1, where beta is unbounded, so ``t_max`` must stay below 1; the default
-    0.9946 is where a 1,000-step chain has beta = 0.999 (Lu et al. 2022, arXiv:2206.00927, app. D.4).
+    ``alpha`` reaches 0 at t = 1, where beta is unbounded, so ``t_max`` must stay below 1; the
+    default 0.9946 is where a 1,000-step chain has beta = 0.999 (Lu et al. 2022, arXiv:2206.00927,
+    app. D.4).
     """
 
     s: float = 0.008
@@ -220,7 +229,9 @@ class CosineVPSDE(SDE):
         require_finite("s", self.s, above=0.0)
         self._check_times()
         if self.t_max >= 1:
-            raise ValueError(f"t_max must be below 1, where the cosine schedule's alpha is 0, got {self.t_max!r}")
+            raise ValueError(
+                f"t_max must be below 1, where the cosine schedule's alpha is 0, got {self.t_max!r}"
+            )
 
     def _schedule(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         rate = 0.5 * math.pi / (1 + self.s)
@@ -237,7 +248,8 @@ class CosineVPSDE(SDE):
 
 @dataclass(frozen=True)
 class SubVPSDE(SDE):
-    """Sub-variance-preserving: VP's alpha, ``sigma = 1 - alpha^2`` (Song et al. 2021, eq. 27-29)."""
+    """Sub-variance-preserving: VP's alpha, ``sigma = 1 - alpha^2`` (Song et al. 2021, eq.
+    27-29)."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -264,8 +276,8 @@ class SubVPSDE(SDE):
 class VESDE(SDE):
     """Variance exploding, sigma geometric in t (Song et al. 2021, eq. 30-31; the limit of SMLD).
 
-    The exact transition from x(0) has variance ``sigma_t^2 - sigma_min^2``; as in the paper, sigma_t^2
-    is used, i.e. the data is thought of as already carrying noise of ``sigma_min``.
+    The exact transition from x(0) has variance ``sigma_t^2 - sigma_min^2``; as in the paper,
+    sigma_t^2 is used, i.e. the data is thought of as already carrying noise of ``sigma_min``.
     """
 
     sigma_min: float = 0.01

@@ -19,9 +19,10 @@ _BISECTIONS = 54  # halves the unit interval down to a float64 ulp
 class TabulatedVPSDE(SDE):
     """The continuous twin of a DDPM chain ``beta_0 .. beta_{N-1}``, exact at ``t = (i + 1) / N``.
 
-    ``log alpha`` (half the log of the chain's cumulative product of ``1 - beta``) is interpolated in t by
-    the monotone cubic of Fritsch & Carlson 1980, from ``(0, 0)`` on, so that f and g^2 are continuous and
-    positive noise is added everywhere. Any continuous solver samples a discretely trained network this way.
+    ``log alpha`` (half the log of the chain's cumulative product of ``1 - beta``) is interpolated
+    in t by the monotone cubic of Fritsch & Carlson 1980, from ``(0, 0)`` on, so that f and g^2 are
+    continuous and positive noise is added everywhere. Any continuous solver samples a discretely
+    trained network this way.
 
     Args:
         betas: the chain's noise variances, each in (0, 1), first step first.
@@ -64,7 +65,8 @@ class TabulatedVPSDE(SDE):
 
     @cached_property
     def _knots(self) -> tuple[Tensor, Tensor]:
-        """Decay ``-log alpha`` and its slope in units of one table interval, at ``t = 0, 1/N, .., 1``."""
+        """Decay ``-log alpha`` and its slope in units of one table interval, at ``t = 0, 1/N, ..,
+        1``."""
         betas = torch.tensor(self.betas, dtype=torch.float64)
         decay = torch.cat([betas.new_zeros(1), -0.5 * torch.log1p(-betas).cumsum(0)])
         secant = decay.diff()
@@ -103,14 +105,18 @@ class TabulatedVPSDE(SDE):
         return (index + 0.5 * (low + high)) / n
 
 
-def _hermite(u: Tensor, left: Tensor, right: Tensor, slope_left: Tensor, slope_right: Tensor) -> Tensor:
+def _hermite(
+    u: Tensor, left: Tensor, right: Tensor, slope_left: Tensor, slope_right: Tensor
+) -> Tensor:
     """Cubic Hermite interpolant on the unit interval."""
     rise = right - left
     bend = slope_left + slope_right - 2 * rise
     return left + u * (slope_left + u * (3 * rise - 2 * slope_left - slope_right + u * bend))
 
 
-def _hermite_slope(u: Tensor, left: Tensor, right: Tensor, slope_left: Tensor, slope_right: Tensor) -> Tensor:
+def _hermite_slope(
+    u: Tensor, left: Tensor, right: Tensor, slope_left: Tensor, slope_right: Tensor
+) -> Tensor:
     rise = right - left
     bend = slope_left + slope_right - 2 * rise
     return slope_left + u * (2 * (3 * rise - 2 * slope_left - slope_right) + 3 * u * bend)

@@ -1,9 +1,10 @@
-"""Exact targets: Gaussian mixtures, whose density, score and posterior under every SDE are closed-form.
+"""Exact targets: Gaussian mixtures, whose density, score and posterior under every SDE are
+closed-form.
 
 Under ``x_t = alpha x_0 + sigma eps`` a mixture stays a mixture,
-``p_t = sum_k w_k N(alpha mu_k, alpha^2 Sigma_k + sigma^2 I)``. Everything is computed in float64, in
-log-space and in the eigenbasis of each covariance, by operations that treat every sample alike: the
-result for one sample is the same, bit for bit, in whatever batch it stands.
+``p_t = sum_k w_k N(alpha mu_k, alpha^2 Sigma_k + sigma^2 I)``. Everything is computed in float64,
+in log-space and in the eigenbasis of each covariance, by operations that treat every sample alike:
+the result for one sample is the same, bit for bit, in whatever batch it stands.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from sde_diffusion.parametrization import Label, batch_of_labels, check_label, s
 from sde_diffusion.prediction import Prediction, ScoreFn
 from sde_diffusion.sde import SDE, NoiseLevel
 
-_DATA = NoiseLevel(*(torch.tensor(v, dtype=torch.float64) for v in (0.0, 1.0, 0.0, math.inf, 0.0, 0.0)))
+_DATA = NoiseLevel(
+    *(torch.tensor(v, dtype=torch.float64) for v in (0.0, 1.0, 0.0, math.inf, 0.0, 0.0))
+)
 
 
 class GaussianMixture:
@@ -27,13 +30,13 @@ class GaussianMixture:
 
     Args:
         means: ``(K, D)``.
-        covariances: ``(K, D, D)`` full, ``(K, D)`` diagonal, or ``(K,)`` isotropic variances; positive
-            semidefinite.
+        covariances: ``(K, D, D)`` full, ``(K, D)`` diagonal, or ``(K,)`` isotropic variances;
+            positive semidefinite.
         weights: ``(K,)``, positive, normalised here; equal by default.
         labels: ``(K,)`` integers from 0; all 0 by default. Several components may share a class.
     Raises:
-        ValueError: shapes that do not fit, values that are not finite, a covariance that is not symmetric
-            positive semidefinite, weights or labels out of range.
+        ValueError: shapes that do not fit, values that are not finite, a covariance that is not
+            symmetric positive semidefinite, weights or labels out of range.
     """
 
     def __init__(
@@ -47,7 +50,9 @@ class GaussianMixture:
         if self.means.ndim != 2 or 0 in self.means.shape:
             raise ValueError(f"means must have shape (K, D), got {tuple(means.shape)}")
         count, self.dimension = self.means.shape
-        self.variances, self.rotation = _eigenbasis(_finite("covariances", covariances), count, self.dimension)
+        self.variances, self.rotation = _eigenbasis(
+            _finite("covariances", covariances), count, self.dimension
+        )
         weights = torch.ones(count) if weights is None else weights
         weights = _finite("weights", weights)
         if weights.shape != (count,) or bool((weights <= 0).any()):
@@ -60,7 +65,9 @@ class GaussianMixture:
         self.num_classes = int(self.labels.max()) + 1
         missing = sorted(set(range(self.num_classes)) - set(self.labels.tolist()))
         if missing:
-            raise ValueError(f"labels must use every class from 0 to {self.num_classes - 1}; missing: {missing}")
+            raise ValueError(
+                f"labels must use every class from 0 to {self.num_classes - 1}; missing: {missing}"
+            )
         self._on_device: dict[torch.device, _Parameters] = {}
 
     def conditional(self, label: int) -> GaussianMixture:
@@ -93,7 +100,11 @@ class GaussianMixture:
             check_label(self, label)
         generator = torch.Generator().manual_seed(seed)
         weights = self.weights if label is None else self.weights * (self.labels == label)
-        component = torch.multinomial(weights, n, replacement=True, generator=generator) if n else torch.empty(0).long()
+        component = (
+            torch.multinomial(weights, n, replacement=True, generator=generator)
+            if n
+            else torch.empty(0).long()
+        )
         noise = torch.randn(n, self.dimension, generator=generator, dtype=torch.float64)
         noise = noise * self.variances[component].sqrt()
         if self.rotation is not None:
@@ -110,14 +121,16 @@ class GaussianMixture:
         return torch.logsumexp(joint, 1).to(x.dtype)
 
     def score_fn(self, sde: SDE, label: Label = None) -> ScoreFn:
-        """The exact score under ``sde``, of the whole mixture or of one class (int, or ``(B,)`` classes)."""
+        """The exact score under ``sde``, of the whole mixture or of one class (int, or ``(B,)``
+        classes)."""
         check_label(self, label)
         if isinstance(label, int):
             return _ExactScore(self.conditional(label), None)
         return _ExactScore(self, label)
 
     def model(self, sde: SDE) -> ExactModel:
-        """The exact scores as a class-conditional model, ``(x, level, label=None) -> Prediction``."""
+        """The exact scores as a class-conditional model, ``(x, level, label=None) ->
+        Prediction``."""
         return ExactModel(self)
 
     def classifier(self, sde: SDE) -> ExactClassifier:
@@ -125,7 +138,8 @@ class GaussianMixture:
         return ExactClassifier(self)
 
     def predict(self, x: Tensor, level: NoiseLevel, label: Tensor | None = None) -> Prediction:
-        """The exact prediction; ``label`` ``(B,)`` long, with ``num_classes`` for the whole mixture."""
+        """The exact prediction; ``label`` ``(B,)`` long, with ``num_classes`` for the whole
+        mixture."""
         joint, pull = self._joint(x, level)
         if label is not None:
             joint = joint + self._parameters(x.device).class_mask[label]
@@ -137,7 +151,8 @@ class GaussianMixture:
         return Prediction.from_score(x, level, -pull.sum(1).to(x.dtype))
 
     def _joint(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """``log w_k N(x; k)``, ``(B, K)``, and ``Sigma_k(t)^-1 (x - alpha mu_k)`` in the eigenbasis, ``(B, K, D)``."""
+        """``log w_k N(x; k)``, ``(B, K)``, and ``Sigma_k(t)^-1 (x - alpha mu_k)`` in the
+        eigenbasis, ``(B, K, D)``."""
         if x.ndim != 2 or x.shape[1] != self.dimension:
             raise ValueError(f"x must have shape (B, {self.dimension}), got {tuple(x.shape)}")
         parameters = self._parameters(x.device)
@@ -179,7 +194,8 @@ class _Parameters:
 
 
 def _rotate(offset: Tensor, rotation: Tensor) -> Tensor:
-    """``(B, K, D)`` times ``(K, D, D)``, summed in a fixed order: a matrix product's depends on the batch."""
+    """``(B, K, D)`` times ``(K, D, D)``, summed in a fixed order: a matrix product's depends on the
+    batch."""
     total = offset[:, :, :1] * rotation[:, 0]
     for j in range(1, rotation.shape[1]):
         total = total + offset[:, :, j : j + 1] * rotation[:, j]
@@ -226,7 +242,9 @@ class ExactClassifier:
         """Logits ``(B, C)``: ``log p(class, x_t)``, in ``x``'s dtype."""
         joint, _ = self.mixture._joint(x, level)
         labels = self.mixture.labels
-        logits = [joint[:, (labels == c).to(x.device)].logsumexp(1) for c in range(self.num_classes)]
+        logits = [
+            joint[:, (labels == c).to(x.device)].logsumexp(1) for c in range(self.num_classes)
+        ]
         return torch.stack(logits, 1).to(x.dtype)
 
 
@@ -255,7 +273,12 @@ def _eigenbasis(covariances: Tensor, count: int, dimension: int) -> tuple[Tensor
         noise = 1e-6 * variances.abs().amax(1, keepdim=True)
         variances = torch.where(variances.abs() <= 1e-9 * noise, 0.0, variances)
     else:
-        variances = covariances if covariances.ndim == 2 else covariances[:, None].expand(count, dimension)
+        variances = (
+            covariances if covariances.ndim == 2 else covariances[:, None].expand(count, dimension)
+        )
     if bool((variances < 0).any()):
-        raise ValueError(f"covariances must be positive semidefinite, got an eigenvalue {variances.min().item():g}")
+        raise ValueError(
+            "covariances must be positive semidefinite, got an eigenvalue "
+            f"{variances.min().item():g}"
+        )
     return variances.contiguous(), rotation

@@ -1,0 +1,44 @@
+"""How it is solved: samplers for any score function under any linear SDE.
+
+Every class in ``solvers.methods`` and ``solvers.adapters`` is importable from here by its name.
+"""
+
+from typing import Any
+
+from solvers import grids
+from solvers.base import Corrector, Integrator, Solver, Step, Stepped, make_steps
+from solvers.catalogue import catalogue
+from solvers.noise import BrownianPath, CounterNoise, Noise, RecordedNoise
+from solvers.plans import FixedGrid, Plan
+from solvers.sample import sample
+from solvers.solution import Solution
+
+__all__ = [
+    "BrownianPath",
+    "Corrector",
+    "CounterNoise",
+    "FixedGrid",
+    "Integrator",
+    "Noise",
+    "Plan",
+    "RecordedNoise",
+    "Solution",
+    "Solver",
+    "Step",
+    "Stepped",
+    "catalogue",
+    "grids",
+    "make_steps",
+    "sample",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for entry in catalogue().values():
+        if entry.type.__name__ == name:
+            return entry.type
+    raise AttributeError(f"module 'solvers' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(entry.type.__name__ for entry in catalogue().values())])

@@ -1,0 +1,189 @@
+"""What a solver is, and how to write one.
+
+A solver is one file in ``solvers/methods`` with a frozen dataclass of settings::
+
+    @dataclass(frozen=True)
+    class EulerODE(Solver):
+        \"\"\"One line that the catalogue prints.\"\"\"
+
+        order = 1            # declared; `tests` and users measure it
+        stochastic = False   # whether it asks for noise
+
+        def coefficients(self, step):
+            ratio = step.end.alpha / step.start.alpha
+            return ratio, step.end.sigma - ratio * step.start.sigma
+
+        def step(self, score_fn, x, step, state, noise):
+            a, b = self.coefficients_of(step, x)
+            return Stepped((a * x).addcmul_(b, score_fn(x, step.start).eps), state)
+
+The rules:
+
+* A solver sees the schedule through ``step.start`` (noisier) and ``step.end`` (cleaner) and the
+  score through ``Prediction``; it never asks which SDE, network or guidance there is.
+* What depends on the schedule alone goes into ``coefficients``: it is called once per run with
+  fields of shape ``(N,)``, one entry per step, in float64, so that the loop computes no schedule.
+  ``step`` reads it by ``coefficients_of``, which also serves a ``Step`` made by hand.
+* A method that evaluates inside a step names those levels in ``stages``.
+* What evolves from step to step (a multistep history) is ``state``: made by ``init``, returned by
+  ``step``, never kept in the object.
+* Noise comes from ``noise(x, step, slot)`` alone: standard normal, of ``x``'s shape; a second
+  independent draw in the same step takes another slot.
+* Nothing may couple the samples of a batch: no norm, mean or maximum over the batch dimension.
+* Settings are checked in ``__post_init__``; ``step`` raises nothing and never waits for the device.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sde_diffusion.broadcast import expand
+from sde_diffusion.prediction import ScoreFn
+from sde_diffusion.sde import SDE, HostedLevel, NoiseLevel
+
+if TYPE_CHECKING:
+    from solvers.noise import Noise
+    from solvers.solution import Solution
+
+State = Any
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """From a noisier level to a cleaner one.
+
+    Attributes:
+        index: position on the grid, from 0.
+        start, end: the levels at both ends: 0-d fields, or ``(B,)`` where samples have their own
+        times.
+        stages: levels inside the step, as the solver's ``stages`` named them.
+        coefficients: what the solver's ``coefficients`` made of the above; empty if not prepared.
+    """
+
+    index: int
+    start: NoiseLevel
+    end: NoiseLevel
+    stages: tuple[NoiseLevel, ...] = ()
+    coefficients: tuple[Tensor, ...] = ()
+
+
+class Stepped(NamedTuple):
+    """Result of a step: the state at ``step.end``, what the solver carries on, and its error
+    estimate."""
+
+    x: Tensor
+    state: State
+    error: Tensor | None = None
+
+
+class Solver(ABC):
+    """A method that advances the state by one step. Subclasses are frozen dataclasses of
+    settings."""
+
+    @property
+    @abstractmethod
+    def order(self) -> int:
+        """Declared order: global for a deterministic method, weak for a stochastic one."""
+
+    @property
+    @abstractmethod
+    def stochastic(self) -> bool:
+        """Whether ``step`` draws noise."""
+
+    def init(self, x: Tensor) -> State:
+        """What the solver carries from step to step, before the first."""
+        return ()
+
+    def stages(self, sde: SDE, start: NoiseLevel, end: NoiseLevel) -> tuple[NoiseLevel, ...]:
+        """The levels inside a step at which the score will be evaluated; fields as those of
+        ``start``."""
+        return ()
+
+    def coefficients(self, step: Step) -> tuple[Tensor, ...]:
+        """What depends on the schedule alone; fields of ``step`` may be 0-d, ``(B,)`` or
+        ``(N,)``."""
+        return ()
+
+    @abstractmethod
+    def step(self, score_fn: ScoreFn, x: Tensor, step: Step, state: State, noise: Noise) -> Stepped:
+        """Advance ``x`` ``(B, *event)`` from ``step.start`` to ``step.end``."""
+
+    def coefficients_of(self, step: Step, x: Tensor) -> tuple[Tensor, ...]:
+        """The step's coefficients, each ready to multiply ``x``."""
+        if step.coefficients:
+            return step.coefficients
+        return tuple(expand(c, x).to(x.dtype) for c in self.coefficients(step))
+
+
+class Corrector(ABC):
+    """A Markov kernel that should leave the law at one noise level as it is. Frozen dataclass of
+    settings."""
+
+    @abstractmethod
+    def correct(
+        self, score_fn: ScoreFn, x: Tensor, level: NoiseLevel, step: Step, noise: Noise
+    ) -> Tensor:
+        """Move ``x`` at ``level``, within ``step``; noise slots from 1 on are the corrector's."""
+
+
+class Integrator(ABC):
+    """A method that owns its loop: an adapter to another library."""
+
+    @property
+    @abstractmethod
+    def order(self) -> int:
+        """Declared order."""
+
+    @property
+    @abstractmethod
+    def stochastic(self) -> bool:
+        """Whether noise is drawn."""
+
+    @abstractmethod
+    def solve(
+        self, score_fn: ScoreFn, sde: SDE, x: Tensor, times: Tensor, noise: Noise
+    ) -> Solution:
+        """Carry ``x`` from ``times[0]`` to ``times[-1]``; ``score_fn`` counts its own calls."""
+
+
+def make_steps(sde: SDE, solver: Solver, times: Tensor, x: Tensor) -> list[Step]:
+    """All steps of a grid, evaluated in float64 on the host and moved to ``x``'s device at once.
+
+    Args:
+        times: decreasing, ``(N + 1,)`` float64 on the CPU.
+        x: a tensor of the state's device, dtype (for the coefficients).
+    """
+    levels = sde.at(times)
+    start, end = levels.map(lambda field: field[:-1]), levels.map(lambda field: field[1:])
+    together = Step(0, start, end, solver.stages(sde, start, end))
+    coefficients = [
+        c.to(device=x.device, dtype=x.dtype).unbind() for c in solver.coefficients(together)
+    ]
+    ends = _split(levels, x)
+    stages = [_split(stage, x) for stage in together.stages]
+    return [
+        Step(
+            i,
+            ends[i],
+            ends[i + 1],
+            tuple(stage[i] for stage in stages),
+            tuple(column[i] for column in coefficients),
+        )
+        for i in range(len(times) - 1)
+    ]
+
+
+def _split(levels: NoiseLevel, x: Tensor) -> list[NoiseLevel]:
+    """Levels with ``(N,)`` fields as ``N`` levels with 0-d fields on ``x``'s device."""
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    ratios = levels.sigma_over_alpha.tolist()
+    fields = torch.stack(tuple(levels)).to(device=x.device, dtype=wide).unbind(1)
+    return [
+        HostedLevel.of(NoiseLevel(*column.unbind()), ratio)
+        for column, ratio in zip(fields, ratios, strict=True)
+    ]

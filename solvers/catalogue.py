@@ -1,0 +1,109 @@
+"""Every solver by name, found by walking ``methods`` and ``adapters``: nothing to register."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from sde_diffusion.errors import unknown_name
+from solvers import adapters, methods
+from solvers.base import Corrector, Integrator, Solver
+
+Kind = Literal["ODE", "SDE", "corrector"]
+SolverType = type[Solver] | type[Corrector] | type[Integrator]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A solver class as the catalogue lists it, with its default settings.
+
+    Attributes:
+        name: the class name in snake case.
+        type: the class.
+        kind: ``ODE`` (draws no noise by default), ``SDE`` or ``corrector``.
+        order: declared order at default settings; ``None`` for a corrector.
+        settings: field name -> default.
+        summary: first line of the docstring.
+        adapter: whether another library owns the loop.
+    """
+
+    name: str
+    type: SolverType
+    kind: Kind
+    order: int | None
+    settings: dict[str, Any]
+    summary: str
+    adapter: bool
+
+
+@cache
+def catalogue() -> dict[str, Entry]:
+    """All solvers, correctors and adapters by name, in alphabetical order."""
+    entries: dict[str, Entry] = {}
+    for package in (methods, adapters):
+        for module in pkgutil.iter_modules(package.__path__):
+            for member in vars(
+                importlib.import_module(f"{package.__name__}.{module.name}")
+            ).values():
+                if _is_solver(member) and member.__module__ == f"{package.__name__}.{module.name}":
+                    entry = _entry(member)
+                    entries[entry.name] = entry
+    return dict(sorted(entries.items()))
+
+
+def named(name: str) -> SolverType:
+    """The class called ``name`` in snake case; a ``ValueError`` lists the names and the nearest
+    match."""
+    entries = catalogue()
+    if name not in entries:
+        raise unknown_name("solver", name, entries)
+    return entries[name].type
+
+
+def snake_case(name: str) -> str:
+    """``ProbabilityFlow`` -> ``probability_flow``, ``DDIM`` -> ``ddim``, ``ScipyODE`` ->
+    ``scipy_ode``."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def settings_of(solver: Solver | Corrector | Integrator) -> dict[str, Any]:
+    """A solver's settings, nested solvers as ``{"name": ..., settings}``; JSON-able."""
+    settings = {}
+    for item in dataclasses.fields(solver):  # type: ignore[arg-type]
+        value = getattr(solver, item.name)
+        if isinstance(value, (Solver, Corrector)):
+            value = {"name": snake_case(type(value).__name__), **settings_of(value)}
+        settings[item.name] = value
+    return settings
+
+
+def _is_solver(member: object) -> bool:
+    return (
+        inspect.isclass(member)
+        and issubclass(member, (Solver, Corrector, Integrator))
+        and not inspect.isabstract(member)
+        and not member.__name__.startswith("_")
+    )
+
+
+def _entry(solver_type: SolverType) -> Entry:
+    solver = solver_type()
+    corrector = isinstance(solver, Corrector)
+    kind: Kind = (
+        "corrector" if isinstance(solver, Corrector) else "SDE" if solver.stochastic else "ODE"
+    )
+    return Entry(
+        name=snake_case(solver_type.__name__),
+        type=solver_type,
+        kind=kind,
+        order=None if isinstance(solver, Corrector) else solver.order,
+        settings={} if corrector and not dataclasses.is_dataclass(solver) else settings_of(solver),
+        summary=(inspect.getdoc(solver_type) or "").split("\n")[0],
+        adapter=isinstance(solver, Integrator),
+    )

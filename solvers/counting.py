@@ -1,0 +1,37 @@
+"""Evaluations, counted where they happen."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sde_diffusion.prediction import Prediction, ScoreFn, cost_of, select
+from sde_diffusion.sde import NoiseLevel
+
+
+class CountedScoreFn:
+    """A score function that counts its calls.
+
+    Attributes:
+        nfe: calls so far.
+        network_passes: the sum of their costs.
+    """
+
+    def __init__(self, score_fn: ScoreFn) -> None:
+        self.score_fn = score_fn
+        self.nfe = 0
+        self.network_passes = 0
+
+    def __call__(self, x: Tensor, level: NoiseLevel) -> Prediction:
+        prediction = self.score_fn(x, level)
+        if self.nfe == 0 and not isinstance(prediction, Prediction):
+            raise TypeError(
+                f"score_fn must return a Prediction, got {type(prediction).__name__}: "
+                "wrap a network in EpsModel, X0Model, VModel, ScoreModel or EDMModel"
+            )
+        self.nfe += 1
+        self.network_passes += cost_of(self.score_fn, level)
+        return prediction
+
+    def select(self, indices: Tensor) -> CountedScoreFn:
+        """The score function of a part of the batch, with counts of its own."""
+        return CountedScoreFn(select(self.score_fn, indices))

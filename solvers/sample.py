@@ -1,0 +1,223 @@
+"""The one loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sde_diffusion.errors import require_count
+from sde_diffusion.prediction import ScoreFn
+from sde_diffusion.sde import SDE
+from solvers import grids
+from solvers.base import Integrator, Solver, State, Step
+from solvers.counting import CountedScoreFn
+from solvers.guard import FiniteGuard
+from solvers.noise import CounterNoise, Noise
+from solvers.plans import FixedGrid, Plan
+from solvers.progress import Report, reporting
+from solvers.solution import Solution
+
+
+def sample(
+    score_fn: ScoreFn,
+    sde: SDE,
+    solver: Solver | Integrator,
+    *,
+    shape: Sequence[int] | None = None,
+    x: Tensor | None = None,
+    steps: int | None = None,
+    grid: str | grids.Grid | Sequence[float] | Tensor | None = None,
+    seed: int = 0,
+    sample_ids: Sequence[int] | Tensor | None = None,
+    plan: Plan | None = None,
+    noise: Noise | None = None,
+    denoise: bool = False,
+    trajectory: bool | int = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    compile: bool = False,
+    progress: bool | Report = False,
+) -> Solution:
+    """Draw samples: carry noise from ``t_max`` to ``t_min`` with a solver.
+
+    Args:
+        score_fn: ``(x, level) -> Prediction``: a wrapped network, a guided one, an exact target.
+        sde: the SDE the score belongs to.
+        solver: what makes a step, or an adapter that owns its loop.
+        shape: ``(B, *event)``: draw the initial state from the prior, by ``seed`` and
+        ``sample_ids``.
+        x: start from this state at the grid's first time instead; it keeps its dtype and device.
+        steps: number of steps, at least 1; an adaptive adapter needs none.
+        grid: a name from ``solvers.grids``, a callable ``(sde, steps) -> times``, or decreasing
+            times; the SDE's default grid if not given.
+        seed: of all randomness in the run, a whole number from 0.
+        sample_ids: ``(B,)`` whole numbers; a sample is a function of ``seed`` and its id, whatever
+            batch it is drawn in. ``0..B-1`` by default.
+        plan: the strategy over the grid; every step once by default.
+        noise: another source of noise than ``CounterNoise(seed, sample_ids)``.
+        denoise: finish with the estimate of x_0 at the last time (Tweedie; one more evaluation).
+        trajectory: keep every state, or every ``trajectory``-th.
+        dtype: of the state drawn for ``shape``.
+        device: where that state is drawn.
+        compile: run the solver's step through ``torch.compile``.
+        progress: show a bar, or call ``progress(done, total)`` after each step.
+    Returns:
+        The ``Solution``: samples, evaluations counted, times and trajectory.
+    Raises:
+        ValueError, TypeError: arguments that do not fit, before any work.
+        NonFiniteError: the state or the score became NaN or infinite; names the step and time.
+    """
+    if not isinstance(solver, (Solver, Integrator)):
+        hint = f": give an instance, {solver.__name__}()" if isinstance(solver, type) else ""
+        raise TypeError(f"solver must be a Solver or an Integrator, got {solver!r}{hint}")
+    if isinstance(solver, Integrator) and (steps is None and grid is None):
+        grid = [float(sde.t_max), float(sde.t_min)]
+    times = grids.resolve(grid, sde, steps)
+    stride = _stride(trajectory)
+    x, sample_ids = _initial(shape, x, sample_ids, dtype, device)
+    if noise is None:
+        noise = CounterNoise(seed, sample_ids)
+    if shape is not None:
+        x = noise.prior(x) * sde.prior_std().to(device=x.device, dtype=x.dtype)
+    counted = CountedScoreFn(score_fn)
+    started = time.perf_counter()
+    with torch.no_grad():
+        if isinstance(solver, Integrator):
+            _refuse_for_integrators(plan, compile, trajectory)
+            solution = solver.solve(counted, sde, x, times, noise)
+        else:
+            solution = _run(
+                counted,
+                sde,
+                solver,
+                x,
+                times,
+                noise,
+                plan or FixedGrid(),
+                stride,
+                compile,
+                progress,
+            )
+        if denoise:
+            solution = _denoised(solution, counted, sde)
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)
+    solution.stats["seconds"] = time.perf_counter() - started
+    return solution
+
+
+def _run(
+    score_fn: CountedScoreFn,
+    sde: SDE,
+    solver: Solver,
+    x: Tensor,
+    times: Tensor,
+    noise: Noise,
+    plan: Plan,
+    stride: int | None,
+    compile: bool,
+    progress: bool | Report,
+) -> Solution:
+    walk = plan.start(sde, solver, times, x)
+    advance = torch.compile(solver.step) if compile else solver.step
+    state: State = solver.init(x)
+    guard = FiniteGuard(solver, score_fn.score_fn, noise, x, state)
+    kept, kept_times = [x], [times[0].item()]
+    step: Step | None
+    with reporting(progress, walk.total) as report:
+        while (step := walk.propose()) is not None:
+            stepped = advance(score_fn, x, step, state, noise)
+            x, state = walk.keep(x, state, stepped)
+            guard.watch(step, x, state)
+            if stride is not None and (walk.accepted % stride == 0 or walk.accepted == walk.total):
+                kept.append(x)
+                kept_times.append(times[walk.accepted].item())
+            if report is not None:
+                report(walk.accepted, walk.total)
+    guard.finish(x)
+    solution = Solution(x, score_fn.nfe, score_fn.network_passes, times)
+    solution.stats.update(accepted=walk.accepted, rejected=walk.rejected)
+    if stride is not None:
+        solution.trajectory = torch.stack(kept)
+        solution.trajectory_times = torch.tensor(kept_times, dtype=torch.float64)
+    return solution
+
+
+def _denoised(solution: Solution, score_fn: CountedScoreFn, sde: SDE) -> Solution:
+    before = score_fn.nfe, score_fn.network_passes
+    x = solution.x
+    level = sde.at(solution.times[-1]).map(lambda field: field.to(x.device))
+    denoised = score_fn(x, level).x0
+    return replace(
+        solution,
+        x=denoised,
+        nfe=solution.nfe + score_fn.nfe - before[0],
+        network_passes=solution.network_passes + score_fn.network_passes - before[1],
+        nfe_per_sample=None if solution.nfe_per_sample is None else solution.nfe_per_sample + 1,
+    )
+
+
+def _initial(
+    shape: Sequence[int] | None,
+    x: Tensor | None,
+    sample_ids: Sequence[int] | Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+) -> tuple[Tensor, Tensor | None]:
+    """A tensor of the state's shape, dtype and device (the state itself where given), and the
+    ids."""
+    if (shape is None) == (x is None):
+        raise ValueError(
+            "give either shape=(B, *event), to start from the prior, or x=, the state to start from"
+        )
+    if x is not None:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 1:
+            raise TypeError(f"x must be a floating tensor of shape (B, *event), got {_describe(x)}")
+        if device is not None and torch.device(device) != x.device:
+            x = x.to(device)
+        if not bool(x.isfinite().all()):
+            raise ValueError("x holds NaN or infinite values; the initial state must be finite")
+    else:
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating dtype such as torch.float32, got {dtype!r}")
+        sizes = [require_count(f"shape[{i}]", size) for i, size in enumerate(shape or ())]
+        if not sizes:
+            raise ValueError("shape must be (B, *event) with at least the batch size, got ()")
+        x = torch.empty(sizes, dtype=dtype, device=device)
+    if sample_ids is None:
+        return x, None
+    ids = torch.as_tensor(sample_ids)
+    if ids.is_floating_point() or ids.shape != (len(x),):
+        raise ValueError(
+            f"sample_ids must be {len(x)} whole numbers, one per sample, got {_describe(ids)}"
+        )
+    return x, ids.long()
+
+
+def _stride(trajectory: bool | int) -> int | None:
+    if trajectory is False:
+        return None
+    return require_count("trajectory", 1 if trajectory is True else trajectory)
+
+
+def _refuse_for_integrators(plan: Plan | None, compile: bool, trajectory: bool | int) -> None:
+    given = [
+        ("plan", plan is not None),
+        ("compile", compile),
+        ("trajectory", trajectory is not False),
+    ]
+    for name, is_given in given:
+        if is_given:
+            raise ValueError(
+                f"{name} does not apply to an adapter, which owns its loop: leave it out"
+            )
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r:.60}"
