@@ -331,8 +331,11 @@ def _spread(a: Tensor, unbiased: bool) -> float:
 
 @contextmanager
 def _threads_for(a: Tensor) -> Iterator[None]:
-    """One thread for few narrow events: a tile takes a millisecond, and waiting for a second thread on
-    a busy machine many (measured on two cores: 58 against 172 ms of processor time per row)."""
+    """One thread for few narrow events.
+
+    A tile takes a millisecond, and waiting for a second thread on a busy machine takes many
+    (measured on two cores: 58 against 172 ms of processor time per row).
+    """
     before = torch.get_num_threads()
     if a.shape[1] > NARROW or len(a) > 4 * BLOCK or before == 1:
         yield
