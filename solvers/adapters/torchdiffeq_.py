@@ -1,0 +1,141 @@
+"""torchdiffeq's methods on the probability-flow ODE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from solvers.adapters.scaled import Flow, FlowIntegrator, check_flow_settings
+
+# Order, and where a step evaluates after what it inherits, as fractions of the step: only so that
+# the levels of a step are computed together.
+_ADAPTIVE: dict[str, tuple[int, tuple[float, ...]]] = {
+    "adaptive_heun": (2, (1,)),
+    "bosh3": (3, (1 / 2, 3 / 4, 1)),
+    "dopri5": (5, (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)),
+    "dopri8": (
+        8,
+        # fmt: off
+        (1 / 18, 1 / 12, 1 / 8, 5 / 16, 3 / 8, 59 / 400, 93 / 200, 5490023248 / 9719169821,
+         13 / 20, 1201146811 / 1299019798, 1, 1, 1),
+        # fmt: on
+    ),
+    "fehlberg2": (2, (1 / 2, 1)),
+}
+_FIXED: dict[str, tuple[int, tuple[float, ...]]] = {
+    "euler": (1, (0,)),
+    "heun2": (2, (0, 1)),
+    "heun3": (3, (0, 1 / 3, 2 / 3)),
+    "midpoint": (2, (0, 1 / 2)),
+    "rk4": (4, (0, 1 / 3, 2 / 3, 1)),
+}
+_METHODS = {**_ADAPTIVE, **_FIXED}
+
+
+@dataclass(frozen=True)
+class TorchdiffeqODE(FlowIntegrator):
+    """torchdiffeq's Runge-Kutta methods on the probability-flow ODE, adaptive or on the grid.
+
+    The equation is ``dy/dlambda = -exp(-lambda) eps`` in ``y = x / alpha`` (Karras et al. 2022,
+    arXiv:2206.00364, eq. 4), in float64 where the device has it; the score is evaluated in the
+    state's dtype. Adaptive methods need no steps: of the grid they take the two ends. Fixed ones (euler, midpoint, heun2, heun3, and rk4, which is the 3/8 rule)
+    take the grid's own steps in lambda. The Adams methods are left out: torchdiffeq's coefficients
+    assume equal steps.
+
+    Args:
+        method: adaptive_heun, bosh3, dopri5, dopri8, fehlberg2; euler, midpoint, heun2, heun3, rk4.
+        rtol, atol: tolerances of an adaptive method, on y, which has the data's scale at the end.
+        norm: of an adaptive method's error. ``sample``: every sample is integrated on its own, so
+            that it does not depend on its batch; ``batch``: the mean over the batch, one solve for
+            all, much faster, for parity with a plain call of torchdiffeq.
+        max_nfe: evaluations after which a solve stops with an error.
+    """
+
+    method: str = "dopri5"
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    norm: str = "sample"
+    max_nfe: int = 100_000
+
+    def __post_init__(self) -> None:
+        check_flow_settings(
+            self.method, tuple(_METHODS), self.rtol, self.atol, self.norm, self.max_nfe
+        )
+
+    @property
+    def order(self) -> int:
+        return _METHODS[self.method][0]
+
+    @property
+    def adaptive(self) -> bool:
+        return self.method in _ADAPTIVE
+
+    def integrate(self, flow: Flow, x: Tensor) -> tuple[Tensor, dict[str, int]]:
+        from torchdiffeq import odeint
+
+        slope = _Slope(flow, _METHODS[self.method][1], x.dtype)
+        # In float32 the state's own rounding makes dopri8 reject steps (5 % more evaluations).
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        ends = torch.tensor(flow.span, dtype=wide, device=x.device)
+        if self.adaptive:
+            # Without step_t the last step would run past the end and be interpolated.
+            options = {"dtype": wide, "step_t": ends[1:]}
+        else:
+            grid = flow.grid.to(ends)
+            slope.expect_grid()
+            options = {"grid_constructor": lambda func, y0, t: grid}
+        try:
+            states = odeint(
+                slope,
+                x.to(wide) / flow.start.alpha,
+                ends,
+                rtol=self.rtol,
+                atol=self.atol,
+                method=self.method,
+                options=options,
+            )
+        except AssertionError as error:
+            raise RuntimeError(
+                f"torchdiffeq's {self.method} failed at {flow.place(slope.at)}: {error}; "
+                "loosen rtol and atol, or use float64 states"
+            ) from error
+        return (flow.end.alpha * states[-1]).to(x.dtype), slope.counts
+
+
+class _Slope:
+    """``dy/dlambda`` with the callbacks that torchdiffeq looks for."""
+
+    def __init__(self, flow: Flow, nodes: tuple[float, ...], dtype: torch.dtype) -> None:
+        self.at = flow.span[0]
+        self.counts: dict[str, int] = {}
+        self._flow = flow
+        self._dtype = dtype
+        self._nodes = torch.tensor(nodes, dtype=torch.float64)
+        self._adaptive = True
+
+    def __call__(self, half_log_snr: Tensor, y: Tensor) -> Tensor:
+        self.at = half_log_snr.item()
+        level = self._flow.level(self.at)
+        state = (level.alpha * y).to(self._dtype)
+        return self._flow.slope(self.at, state, level).to(y.dtype) * -level.host_ratio
+
+    def expect_grid(self) -> None:
+        """A fixed method: every level of the run, and no news from the callbacks."""
+        grid = self._flow.grid
+        self._flow.expect((grid[:-1, None] + grid.diff()[:, None] * self._nodes).flatten())
+        self.counts = {"accepted": len(grid) - 1, "rejected": 0}
+        self._adaptive = False
+
+    def callback_step(self, half_log_snr: Tensor, y: Tensor, step: Tensor) -> None:
+        if self._adaptive:
+            start = half_log_snr.item()
+            span = min(step.item(), self._flow.span[1] - start)
+            self._flow.expect(start + span * self._nodes)
+
+    def callback_accept_step(self, half_log_snr: Tensor, y: Tensor, step: Tensor) -> None:
+        self.counts["accepted"] = self.counts.get("accepted", 0) + 1
+
+    def callback_reject_step(self, half_log_snr: Tensor, y: Tensor, step: Tensor) -> None:
+        self.counts["rejected"] = self.counts.get("rejected", 0) + 1
