@@ -64,7 +64,7 @@ def classifier_gradient(
         if not differentiable:
             x = x.clone() if x.is_inference() else x.detach()
             level = level.map(lambda field: field.clone() if field.is_inference() else field)
-        inputs = x if x.requires_grad else x.requires_grad_()
+        inputs = x if x.requires_grad else x.detach().requires_grad_()  # not the caller's
         log_probs = torch.log_softmax(classifier(inputs, level), dim=1)
         chosen = log_probs.gather(1, batch_of_labels(label, x)[:, None])
         (gradient,) = torch.autograd.grad(chosen.sum(), inputs, create_graph=differentiable)
