@@ -90,6 +90,8 @@ class CounterNoise(Noise):
 
     def _draw(self, x: Tensor, index: int, ahead: int, slot: int) -> Tensor:
         """``(ahead, B, *event)`` normals for steps ``index ..``."""
+        if x.dtype.itemsize < 4:  # 32-bit uniforms overflow a half-precision type
+            return self._draw(x.float(), index, ahead, slot).to(x.dtype)
         samples, event = len(x), math.prod(x.shape[1:])
         pairs = (event + 1) // 2
         place = torch.arange(index, index + ahead, device=x.device)
@@ -179,7 +181,7 @@ class BrownianPath(Noise):
             return self._counter(x, step, slot)
         start, end = (float(level.half_log_snr) for level in (step.start, step.end))
         increment = self._value(x, start) - self._value(x, end)
-        return increment / math.sqrt(math.exp(-2 * start) - math.exp(-2 * end))
+        return (increment / math.sqrt(math.exp(-2 * start) - math.exp(-2 * end))).to(x.dtype)
 
     def prior(self, x: Tensor) -> Tensor:
         return self._counter.prior(x)
@@ -202,7 +204,7 @@ class BrownianPath(Noise):
         node = 1
         for _ in range(self.depth):
             if half_log_snr <= low:
-                return at_low.to(x.dtype) if x.dtype != wide.dtype else at_low
+                return at_low
             if half_log_snr >= high:
                 return at_high
             middle = 0.5 * (low + high)
