@@ -27,14 +27,12 @@ class Prediction:
         self,
         x: Tensor,
         level: NoiseLevel,
-        *,
         x0: Tensor | None = None,
         eps: Tensor | None = None,
         score: Tensor | None = None,
         v: Tensor | None = None,
     ) -> None:
-        if (x0 is not None) + (eps is not None) + (score is not None) + (v is not None) != 1:
-            raise TypeError("a Prediction is made from exactly one of x0, eps, score, v")
+        """For the ``from_`` methods below, which each give one of the four forms."""
         self.x = x
         self.level = level
         self._x0 = x0
@@ -44,19 +42,19 @@ class Prediction:
 
     @classmethod
     def from_x0(cls, x: Tensor, level: NoiseLevel, x0: Tensor) -> Prediction:
-        return cls(x, level, x0=x0)
+        return cls(x, level, x0)
 
     @classmethod
     def from_eps(cls, x: Tensor, level: NoiseLevel, eps: Tensor) -> Prediction:
-        return cls(x, level, eps=eps)
+        return cls(x, level, None, eps)
 
     @classmethod
     def from_score(cls, x: Tensor, level: NoiseLevel, score: Tensor) -> Prediction:
-        return cls(x, level, score=score)
+        return cls(x, level, None, None, score)
 
     @classmethod
     def from_v(cls, x: Tensor, level: NoiseLevel, v: Tensor) -> Prediction:
-        return cls(x, level, v=v)
+        return cls(x, level, None, None, None, v)
 
     @property
     def eps(self) -> Tensor:

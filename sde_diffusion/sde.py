@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -57,8 +57,8 @@ class HostedLevel(NoiseLevel):
     host_ratio: float
 
     @classmethod
-    def of(cls, level: NoiseLevel, host_ratio: float) -> HostedLevel:
-        hosted = cls(*level)
+    def of(cls, fields: Iterable[Tensor], host_ratio: float) -> HostedLevel:
+        hosted = cls._make(fields)
         hosted.host_ratio = host_ratio
         return hosted
 

@@ -182,8 +182,6 @@ def _split(levels: NoiseLevel, x: Tensor) -> list[NoiseLevel]:
     """Levels with ``(N,)`` fields as ``N`` levels with 0-d fields on ``x``'s device."""
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     ratios = levels.sigma_over_alpha.tolist()
-    fields = torch.stack(tuple(levels)).to(device=x.device, dtype=wide).unbind(1)
-    return [
-        HostedLevel.of(NoiseLevel(*column.unbind()), ratio)
-        for column, ratio in zip(fields, ratios, strict=True)
-    ]
+    rows = torch.stack(tuple(levels)).to(device=x.device, dtype=wide)
+    columns = zip(*(row.unbind() for row in rows), strict=True)
+    return [HostedLevel.of(column, ratio) for column, ratio in zip(columns, ratios, strict=True)]

@@ -98,10 +98,11 @@ class CounterNoise(Noise):
         place = place.mul_(_signed(_GOLDEN)).add_(_signed(slot * _SLOT + _MIX_1))
         keys = _mix(_mix(place)[:, None] + self._sample_keys(x))
         counter = torch.arange(1, pairs + 1, device=x.device).mul_(_signed(_GOLDEN))
-        bits = _mix(keys[:, :, None] + counter)
-        radius = (bits >> 32).bitwise_and_(_LOW_32).to(x.dtype).mul_(2.0**-32).add_(2.0**-33)
-        radius = radius.log_().mul_(-2).sqrt_()
-        angle = bits.bitwise_and_(_LOW_32).to(x.dtype).mul_(2 * math.pi * 2.0**-32)
+        bits = _mix_rounds(keys[:, :, None] + counter)
+        # The two halves of splitmix64's output; the upper one, read with its sign, is the angle.
+        angle = (bits >> 32).to(x.dtype).mul_(math.pi * 2.0**-31)
+        lower = (bits >> 31).bitwise_xor_(bits).bitwise_and_(_LOW_32)
+        radius = lower.to(x.dtype).mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2).sqrt_()
         normals = torch.empty(ahead, samples, 2, pairs, dtype=x.dtype, device=x.device)
         torch.mul(radius, angle.cos(), out=normals[:, :, 0])
         torch.mul(radius, angle.sin_(), out=normals[:, :, 1])
@@ -146,9 +147,14 @@ def _signed(value: int) -> int:
 
 def _mix(bits: Tensor) -> Tensor:
     """The output function of splitmix64, in wrapping int64 arithmetic; overwrites its argument."""
-    bits = bits.bitwise_xor_((bits >> 30).bitwise_and_((1 << 34) - 1)).mul_(_signed(_MIX_1))
-    bits = bits.bitwise_xor_((bits >> 27).bitwise_and_((1 << 37) - 1)).mul_(_signed(_MIX_2))
+    bits = _mix_rounds(bits)
     return bits.bitwise_xor_((bits >> 31).bitwise_and_((1 << 33) - 1))
+
+
+def _mix_rounds(bits: Tensor) -> Tensor:
+    """``_mix`` without its last exclusive or."""
+    bits = bits.bitwise_xor_((bits >> 30).bitwise_and_((1 << 34) - 1)).mul_(_signed(_MIX_1))
+    return bits.bitwise_xor_((bits >> 27).bitwise_and_((1 << 37) - 1)).mul_(_signed(_MIX_2))
 
 
 class BrownianPath(Noise):
