@@ -46,7 +46,8 @@ def build_network(config: dict[str, Any]) -> nn.Module:
     (of clean ones). Every network's ``config()`` gives back what it was built from.
 
     Raises:
-        ValueError: no kind, an unknown kind (the nearest one is named), or settings it does not have.
+        ValueError: no kind, an unknown kind (the nearest one is named), or settings it does not
+            have.
     """
     settings = dict(config)
     kind = settings.pop("kind", None)
@@ -70,8 +71,15 @@ def default_score_config(event_shape: Sequence[int], num_classes: int | None) ->
         return {"kind": "mlp", **common, "width": 128, "blocks": 3}
     patch = 2 if min(shape[1:]) >= 8 and all(n % 2 == 0 for n in shape[1:]) else 1
     height, width = shape[1] // patch, shape[2] // patch
-    channels = [64]
-    while len(channels) < 3 and min(height, width) >= 4 and height % 2 == 0 and width % 2 == 0:
+    widths = (48, 64, 96)
+    levels = 1
+    while levels < len(widths) and min(height, width) >= 4 and height % 2 == 0 and width % 2 == 0:
         height, width = height // 2, width // 2
-        channels.append(96)
-    return {"kind": "unet", **common, "channels": channels, "blocks": 1, "patch_size": patch}
+        levels += 1
+    return {
+        "kind": "unet",
+        **common,
+        "channels": list(widths[:levels]),
+        "blocks": 1,
+        "patch_size": patch,
+    }

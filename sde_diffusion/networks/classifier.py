@@ -127,9 +127,9 @@ class ClassifierNet(nn.Module):
 class NoisedClassifier(nn.Module):
     """A `ClassifierNet` as guidance calls it: ``classifier(x, level)`` -> logits (B, num_classes).
 
-    The input is divided by ``sqrt(alpha^2 + sigma^2)``, so it has about unit scale at every level of
-    every SDE, and the time label is ``-half_log_snr / 4 = log(sigma / alpha) / 4``, the c_noise of
-    Karras et al. 2022 (table 1).
+    The input is divided by ``sqrt(alpha^2 + sigma^2)``, so it has about unit scale at every level
+    of every SDE, and the time label is ``-half_log_snr / 4 = log(sigma / alpha) / 4``, the c_noise
+    of Karras et al. 2022 (table 1).
     """
 
     def __init__(self, net: ClassifierNet) -> None:
@@ -151,8 +151,7 @@ class NoisedClassifier(nn.Module):
 class JudgeNet(nn.Module):
     """Classifier of clean samples that guidance never sees: accuracy of labels, and features.
 
-    `features` is the penultimate layer, in whose space the Fréchet distance is taken. It is bounded
-    (tanh), so that a sample far from the data cannot dominate a covariance.
+    `features` is the penultimate layer, in whose space the Fréchet distance is taken.
 
     Args:
         event_shape: shape of one sample.
@@ -166,7 +165,7 @@ class JudgeNet(nn.Module):
         event_shape: Sequence[int],
         num_classes: int | None,
         *,
-        width: int = 48,
+        width: int = 32,
         size: int = 48,
     ) -> None:
         super().__init__()
@@ -187,8 +186,8 @@ class JudgeNet(nn.Module):
         }
 
     def features(self, x: Tensor) -> Tensor:
-        """Clean samples (B, *event) in [-1, 1] -> (B, size) features in (-1, 1)."""
-        return torch.tanh(self.hidden(self.trunk(x, None)))
+        """Clean samples (B, *event) in [-1, 1] -> (B, size) features."""
+        return nn.functional.silu(self.hidden(self.trunk(x, None)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Clean samples (B, *event) -> (B, num_classes) logits."""
@@ -198,9 +197,9 @@ class JudgeNet(nn.Module):
 class RandomFeatures(nn.Module):
     """Features of data without labels: whitened principal components through random tanh units.
 
-    ``features(x) = tanh(W z + b)``, with ``z`` the whitened leading components of the training data and
-    W, b drawn once by a seed. Nothing is trained; the nonlinearity lets a Fréchet distance see more than
-    the mean and the covariance of x. `fit` sets it from data.
+    ``features(x) = tanh(W z + b)``, with ``z`` the whitened leading components of the training data
+    and W, b drawn once by a seed. Nothing is trained; the nonlinearity lets a Fréchet distance see
+    more than the mean and the covariance of x. `fit` sets it from data.
 
     Args:
         event_shape: shape of one sample.
@@ -213,9 +212,7 @@ class RandomFeatures(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def __init__(
-        self, event_shape: Sequence[int], *, components: int = 16, size: int = 48
-    ) -> None:
+    def __init__(self, event_shape: Sequence[int], *, components: int = 16, size: int = 48) -> None:
         super().__init__()
         self.event_shape = tuple(int(n) for n in event_shape)
         dimensions = math.prod(self.event_shape)

@@ -25,9 +25,9 @@ def group_norm(channels: int, groups: int = 8) -> nn.GroupNorm:
 class TimeFeatures(nn.Module):
     """Sinusoidal features of a real time label, (B,) -> (B, 2 * count + 1).
 
-    Angular frequencies are geometric from 1 to `fastest`, so one set serves t in [0, 1] (the smallest
-    times of VP differ by 1e-3) and log(sigma)/4 in about [-1.6, 1.1]; the label itself is appended.
-    After Vaswani et al. 2017, section 3.5.
+    Angular frequencies are geometric from 1 to `fastest`, so one set serves t in [0, 1] (the
+    smallest times of VP differ by 1e-3) and log(sigma)/4 in about [-1.6, 1.1]; the label itself is
+    appended. After Vaswani et al. 2017, section 3.5.
     """
 
     frequencies: Tensor
@@ -76,7 +76,9 @@ class Conditioning(nn.Module):
         hidden = self.second(nn.functional.silu(self.first(self.features(time_label))))
         if self.classes is None:
             if label is not None:
-                raise ValueError("label was given to an unconditional network (num_classes=None); leave it out")
+                raise ValueError(
+                    "label was given to an unconditional network (num_classes=None); leave it out"
+                )
             return nn.functional.silu(hidden)
         if label is None:
             hidden = hidden + self.classes.weight[-1]

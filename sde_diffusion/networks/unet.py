@@ -17,7 +17,9 @@ def image_shape(event_shape: Sequence[int], factor: int) -> tuple[int, int, int]
     """Check that an event shape is an image (C, H, W) whose H and W `factor` divides."""
     shape = tuple(int(n) for n in event_shape)
     if len(shape) != 3:
-        raise ValueError(f"event_shape must be an image (C, H, W), got {shape}; use kind 'mlp' for vectors")
+        raise ValueError(
+            f"event_shape must be an image (C, H, W), got {shape}; use kind 'mlp' for vectors"
+        )
     if shape[1] % factor or shape[2] % factor:
         raise ValueError(
             f"event_shape {shape} cannot be reduced by {factor}: H and W must be multiples of it; "
@@ -29,8 +31,8 @@ def image_shape(event_shape: Sequence[int], factor: int) -> tuple[int, int, int]
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions around a residual, modulated by a condition vector (FiLM).
 
-    GroupNorm - SiLU - conv - GroupNorm * (1 + scale) + shift - SiLU - conv, the last one starting at
-    zero (Ho et al. 2020; scale-shift norm after Dhariwal and Nichol 2021).
+    GroupNorm - SiLU - conv - GroupNorm * (1 + scale) + shift - SiLU - conv, the last one starting
+    at zero (Ho et al. 2020; scale-shift norm after Dhariwal and Nichol 2021).
     """
 
     def __init__(self, inputs: int, outputs: int, embedding: int) -> None:
@@ -41,7 +43,9 @@ class ResidualBlock(nn.Module):
         self.norm_out = group_norm(outputs)
         self.conv_out = nn.Conv2d(outputs, outputs, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
-        self.bypass: nn.Module = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+        self.bypass: nn.Module = (
+            nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+        )
 
     def forward(self, h: Tensor, condition: Tensor) -> Tensor:
         """(B, inputs, H, W), (B, embedding) -> (B, outputs, H, W)."""
@@ -69,10 +73,10 @@ class UNet(nn.Module):
         event_shape: Sequence[int],
         num_classes: int | None = None,
         *,
-        channels: Sequence[int] = (64, 96),
+        channels: Sequence[int] = (48, 64),
         blocks: int = 1,
         patch_size: int = 2,
-        embedding: int = 128,
+        embedding: int = 96,
     ) -> None:
         super().__init__()
         widths = [positive("channels", width) for width in channels]
@@ -114,6 +118,9 @@ class UNet(nn.Module):
         self.norm = group_norm(width)
         self.outlet = nn.Conv2d(width, folded, 3, padding=1)
         nn.init.zeros_(self.outlet.weight)
+        for weight in self.parameters():
+            if weight.ndim == 4:  # a third faster on a CPU, with the same values
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
     @property
     def null_label(self) -> int | None:
