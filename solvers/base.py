@@ -15,7 +15,8 @@ A solver is one file in ``solvers/methods`` with a frozen dataclass of settings:
 
         def step(self, score_fn, x, step, state, noise):
             a, b = self.coefficients_of(step, x)
-            return Stepped((a * x).addcmul_(b, score_fn(x, step.start).eps), state)
+            eps = score_fn(x, step.start).eps
+            return Stepped((a * x).addcmul_(b, eps), state)
 
 The rules:
 

@@ -23,6 +23,11 @@ class CountedScoreFn:
 
     def __call__(self, x: Tensor, level: NoiseLevel) -> Prediction:
         prediction = self.score_fn(x, level)
+        self.count(prediction, level)
+        return prediction
+
+    def count(self, prediction: Prediction, level: NoiseLevel) -> None:
+        """Note one call that gave ``prediction``."""
         if self.nfe == 0 and not isinstance(prediction, Prediction):
             raise TypeError(
                 f"score_fn must return a Prediction, got {type(prediction).__name__}: "
@@ -30,7 +35,6 @@ class CountedScoreFn:
             )
         self.nfe += 1
         self.network_passes += cost_of(self.score_fn, level)
-        return prediction
 
     def select(self, indices: Tensor) -> CountedScoreFn:
         """The score function of a part of the batch, with counts of its own."""

@@ -14,6 +14,7 @@ from sde_diffusion.prediction import ScoreFn
 from sde_diffusion.sde import SDE
 from solvers import grids
 from solvers.base import Integrator, Solver, State, Step
+from solvers.compilation import compiled_step
 from solvers.counting import CountedScoreFn
 from solvers.guard import FiniteGuard
 from solvers.noise import CounterNoise, Noise
@@ -123,14 +124,17 @@ def _run(
     progress: bool | Report,
 ) -> Solution:
     walk = plan.start(sde, solver, times, x)
-    advance = torch.compile(solver.step) if compile else solver.step
+    compiled = compiled_step(solver, score_fn, noise) if compile else None
     state: State = solver.init(x)
     guard = FiniteGuard(solver, score_fn.score_fn, noise, x, state)
     kept, kept_times = [x], [times[0].item()]
     step: Step | None
     with reporting(progress, walk.total) as report:
         while (step := walk.propose()) is not None:
-            stepped = advance(score_fn, x, step, state, noise)
+            if compiled is None:
+                stepped = solver.step(score_fn, x, step, state, noise)
+            else:
+                stepped = compiled(x, step, state)
             x, state = walk.keep(x, state, stepped)
             guard.watch(step, x, state)
             if stride is not None and (walk.accepted % stride == 0 or walk.accepted == walk.total):

@@ -53,7 +53,9 @@ class Ancestral(Solver):
 
     def step(self, score_fn: ScoreFn, x: Tensor, step: Step, state: State, noise: Noise) -> Stepped:
         ratio, direction, spread = self.coefficients_of(step, x)
-        x_next = (ratio * x).addcmul_(direction, score_fn(x, step.start).eps)
+        eps = score_fn(x, step.start).eps
+        x_next = (ratio * x).addcmul_(direction, eps)
         if self.stochastic:
-            x_next.addcmul_(spread, noise(x, step))
+            z = noise(x, step)
+            x_next.addcmul_(spread, z)
         return Stepped(x_next, state)

@@ -47,5 +47,7 @@ class AnnealedLangevin(Corrector):
         sigma = expand(level.sigma, x).to(x.dtype)
         pull, spread = -self.step_size * sigma, math.sqrt(2 * self.step_size) * sigma
         for k in range(self.steps):
-            x = x.addcmul(pull, score_fn(x, level).eps).addcmul_(spread, noise(x, step, slot=k + 1))
+            z = noise(x, step, slot=k + 1)
+            eps = score_fn(x, level).eps
+            x = x.addcmul(pull, eps).addcmul_(spread, z)
         return x

@@ -44,7 +44,9 @@ class EulerMaruyama(Solver):
 
     def step(self, score_fn: ScoreFn, x: Tensor, step: Step, state: State, noise: Noise) -> Stepped:
         keep, pull, spread = self.coefficients_of(step, x)
-        x_next = (keep * x).addcmul_(pull, score_fn(x, step.start).eps)
+        eps = score_fn(x, step.start).eps
+        x_next = (keep * x).addcmul_(pull, eps)
         if self.stochastic:
-            x_next.addcmul_(spread, noise(x, step))
+            z = noise(x, step)
+            x_next.addcmul_(spread, z)
         return Stepped(x_next, state)

@@ -32,5 +32,6 @@ class ReverseDiffusion(Solver):
 
     def step(self, score_fn: ScoreFn, x: Tensor, step: Step, state: State, noise: Noise) -> Stepped:
         keep, pull, spread = self.coefficients_of(step, x)
-        x_next = (keep * x).addcmul_(pull, score_fn(x, step.start).eps)
-        return Stepped(x_next.addcmul_(spread, noise(x, step)), state)
+        eps = score_fn(x, step.start).eps
+        z = noise(x, step)
+        return Stepped((keep * x).addcmul_(pull, eps).addcmul_(spread, z), state)
