@@ -212,5 +212,11 @@ def _rescaled(guided: Tensor, reference: Tensor, rescale: float) -> Tensor:
         raise ValueError(
             f"rescale needs events of at least two elements, got shape {tuple(guided.shape)}"
         )
-    factor = reference.flatten(1).std(1) / guided.flatten(1).std(1)
+    factor = _deviation(reference) / _deviation(guided)
     return guided * expand(1 + rescale * (factor - 1), guided)
+
+
+def _deviation(x: Tensor) -> Tensor:
+    """Per-sample standard deviation times a constant; ``Tensor.std`` rounds by the batch's size."""
+    flat = x.flatten(1)
+    return (flat - flat.mean(1, keepdim=True)).norm(dim=1)
