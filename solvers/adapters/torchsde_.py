@@ -32,11 +32,16 @@ class TorchsdeSDE(Integrator):
     same noise.
 
     ``srk`` is Roessler's SRA1 (2010, SIAM J. Numer. Anal. 48, sec. 6), strong order 1.5, with the
-    step's space-time Levy area from the noise's slot 1; two evaluations a step. ``euler`` is one,
-    and so is ``milstein``, which equals it where the noise is additive. With an Euler step the mean
-    is that of ancestral sampling and the variance its ``large`` one.
+    step's space-time Levy area from the noise's slot 1; two evaluations a step (torchsde asks for
+    three, of which one twice over: it gets the first answer again). ``euler`` takes one, and so
+    does ``milstein``, which equals it where the noise is additive; their step has ancestral
+    sampling's mean, and on VE it is ``Ancestral(variance="large")``.
 
-    The order declared is the weak one.
+    The order declared is the weak one, measured on a Gaussian's exact mean and variance: euler 1,
+    srk 2 on VP, sub-VP, VE and EDM (the mean is exact at any step size). Measured strong orders
+    on a Gaussian and on a mixture of two overlapping modes, at 16 to 256 steps: euler 1.0, srk 2.0,
+    above the 1.5 that theory grants a curved drift. Where paths change mode (``ring``) both have
+    about 0.5.
 
     Args:
         method: srk, euler or milstein.
@@ -106,18 +111,20 @@ class _ReverseSDE:
         self.steps = [Step(k, self._grid[k], self._grid[k + 1]) for k in range(len(times) - 1)]
         self.x = x
         self._score_fn = score_fn
-        self._first: tuple[Tensor, Tensor] | None = None
+        self._known: tuple[Tensor, Tensor] | None = None
 
     def f(self, u: Tensor, y: Tensor) -> Tensor:
-        # sdeint asks for the first drift once to learn its shape and once to use it.
-        if self._first is not None and self._first[0] is y:
-            return self._first[1]
+        # At a step's start sdeint asks once more for what it has: srk in every step, and all
+        # methods at u = 0, where the shape is tried out first.
+        if self._known is not None and self._known[0] is y:
+            return self._known[1]
         k = int(u)
-        level = self._grid[k] if float(u) == k else self._inside[k]
+        at_start = float(u) == k
+        level = self._grid[k] if at_start else self._inside[k]
         eps = evaluated_eps(self._score_fn, (level.alpha * y).view(self.x.shape), level, k)
         drift = eps.reshape(-1, 1) * (-self.spans[k] / level.host_ratio)
-        if k == 0 and self._first is None:
-            self._first = (y, drift)
+        if at_start:
+            self._known = (y, drift)
         return drift
 
     def g_prod(self, u: Tensor, y: Tensor, increment: Tensor) -> Tensor:
@@ -130,7 +137,8 @@ class _Increments:
     Over a step of the clock's length h the increment is ``W = sqrt(h) z_0`` and the space-time Levy
     area ``H = sqrt(h / 12) z_1``, independent of it, with ``z_slot`` from the noise; the integral
     of the motion over the step, whose length in ``u`` is 1, is ``U = W / 2 + H`` (Foster, Lyons &
-    Oberhauser 2020, arXiv:1905.08539, def. 3.3 and thm. 3.8).
+    Oberhauser 2020, "An optimal polynomial approximation of Brownian motion", SIAM J. Numer. Anal.
+    58).
     """
 
     levy_area_approximation = "space-time"
