@@ -24,10 +24,10 @@ def time(sde: SDE, steps: int) -> Tensor:
 
 def quadratic(sde: SDE, steps: int) -> Tensor:
     """Uniform in sqrt(t) (Song, Meng & Ermon 2021, arXiv:2010.02502, app. D.2)."""
-    return (
-        torch.linspace(math.sqrt(sde.t_max), math.sqrt(sde.t_min), steps + 1, dtype=torch.float64)
-        ** 2
+    roots = torch.linspace(
+        math.sqrt(sde.t_max), math.sqrt(sde.t_min), steps + 1, dtype=torch.float64
     )
+    return _pinned(roots**2, sde)
 
 
 def cosine(sde: SDE, steps: int) -> Tensor:
@@ -39,14 +39,15 @@ def cosine(sde: SDE, steps: int) -> Tensor:
 def log_snr(sde: SDE, steps: int) -> Tensor:
     """Uniform in log-SNR (Lu et al. 2022, arXiv:2206.00927, sec. 3.4)."""
     low, high = _ends(sde)
-    return sde.time(torch.linspace(low, high, steps + 1, dtype=torch.float64))
+    return _pinned(sde.time(torch.linspace(low, high, steps + 1, dtype=torch.float64)), sde)
 
 
 def karras(sde: SDE, steps: int, rho: float = 7.0) -> Tensor:
     """Uniform in ``(sigma / alpha)^(1 / rho)`` (Karras et al. 2022, arXiv:2206.00364, eq. 5)."""
     require_finite("rho", rho, above=0.0)
     largest, smallest = (math.exp(-value / rho) for value in _ends(sde))
-    return sde.time(-rho * torch.linspace(largest, smallest, steps + 1, dtype=torch.float64).log())
+    roots = torch.linspace(largest, smallest, steps + 1, dtype=torch.float64)
+    return _pinned(sde.time(-rho * roots.log()), sde)
 
 
 def table(sde: SDE, steps: int) -> Tensor:
@@ -72,6 +73,12 @@ GRIDS: dict[str, Grid] = {
     "table": table,
     "time": time,
 }
+
+
+def _pinned(times: Tensor, sde: SDE) -> Tensor:
+    """``times`` with both ends exactly the SDE's, which a change of variables gives to rounding."""
+    times[0], times[-1] = sde.t_max, sde.t_min
+    return times
 
 
 def _ends(sde: SDE) -> tuple[float, float]:
