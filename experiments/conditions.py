@@ -1,0 +1,100 @@
+"""What samples are asked for: a guidance, its scale, and the classes of the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sde_diffusion.errors import require_finite, unknown_name
+
+GUIDANCES = ("none", "classifier", "cfg")
+ALL = "all"
+
+Law = Literal["whole", "conditional", "guided"]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One guidance at one scale, towards one class, all classes in turn, or none.
+
+    Attributes:
+        guidance: "none", "classifier" or "cfg".
+        scale: gamma: 0 unconditional, 1 conditional; None without guidance.
+        label: a class, "all" (sample i has class ``i mod C``), or None.
+    """
+
+    guidance: str = "none"
+    scale: float | None = None
+    label: int | Literal["all"] | None = None
+
+    @property
+    def law(self) -> Law:
+        """Which law an exact score and an exact solver would sample.
+
+        ``guided``: neither the whole nor the conditional law; what the guided equation gives.
+        """
+        if self.label is None or self.scale == 0:
+            return "whole"
+        return "conditional" if self.guidance == "none" or self.scale == 1 else "guided"
+
+    def labels(self, ids: Tensor, num_classes: int | None) -> Tensor | None:
+        """The classes (B,) of the samples with these ids, or None."""
+        if self.label is None:
+            return None
+        if self.label == ALL:
+            return ids % int(num_classes or 1)
+        return torch.full_like(ids, int(self.label))
+
+    def __str__(self) -> str:
+        words = []
+        if self.guidance != "none":
+            words.append(f"{self.guidance} γ={self.scale:g}")
+        if self.label is not None:
+            words.append("all classes in turn" if self.label == ALL else f"class {self.label}")
+        return ", ".join(words)
+
+
+def make_conditions(
+    guidances: Sequence[str], scales: Sequence[float], label: str | None
+) -> list[Condition]:
+    """The conditions that the options --guidance, --scale and --label stand for.
+
+    Raises:
+        ValueError: an unknown guidance, a scale that is not finite or has no guidance to scale, a
+            label that is neither a class nor "all".
+    """
+    for guidance in guidances:
+        if guidance not in GUIDANCES:
+            raise unknown_name("--guidance", guidance, GUIDANCES)
+    for scale in scales:
+        require_finite("--scale", scale)
+    guided = [guidance for guidance in dict.fromkeys(guidances) if guidance != "none"]
+    if scales and not guided:
+        raise ValueError(
+            f"--scale {scales[0]:g} has nothing to scale: add --guidance cfg or --guidance "
+            "classifier, or leave --scale out"
+        )
+    given = parse_label(label)
+    conditions = []
+    if "none" in guidances or not guided:
+        conditions.append(Condition(label=given))
+    for guidance in guided:
+        for scale in dict.fromkeys(scales or (1.0,)):
+            conditions.append(Condition(guidance, float(scale), ALL if given is None else given))
+    return conditions
+
+
+def parse_label(text: str | None) -> int | Literal["all"] | None:
+    """``--label``: a class number or "all"."""
+    if text is None or text == ALL:
+        return "all" if text else None
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(
+            f"--label must be a class number from 0, or 'all' for each in turn, got {text!r}"
+        ) from None

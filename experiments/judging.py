@@ -1,0 +1,260 @@
+"""How far samples are from what they should be: one judge for exact targets, one for networks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from experiments.conditions import ALL, Condition
+from experiments.draw import Machine
+from experiments.estimates import Estimate, estimate
+from experiments.features import FeatureSpace
+from experiments.metrics import Reference, median_distance, rms_distance
+from experiments.subjects import ExactSubject, ModelSubject, Subject
+from sde_diffusion import GaussianMixture
+from solvers import Ancestral, EulerMaruyama, Integrator, ProbabilityFlow, Solver
+
+FINE_SDE_STEPS = 500
+_TRUTH_SEED, _FLOOR_SEED = 0x5EED_0001, 0x5EED_0002
+_TRUTH_IDS, _FLOOR_IDS = 1 << 40, 1 << 41  # beyond the ids of what is judged
+
+Metrics = Mapping[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many samples are judged: ``repeats`` blocks of ``samples``."""
+
+    samples: int
+    repeats: int
+
+    @property
+    def total(self) -> int:
+        return self.samples * self.repeats
+
+    def ids(self, first: int = 0) -> Tensor:
+        """Ids of all samples; block r has ids ``first + r samples ..``."""
+        return torch.arange(first, first + self.total)
+
+    def blocks(self, x: Tensor) -> list[Tensor]:
+        """The samples of each block."""
+        return list(x.split(self.samples))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What was sampled: under which SDE, guided how, and by what."""
+
+    sde: str
+    condition: Condition
+    solver: Solver | Integrator
+
+
+class Judge(ABC):
+    """Metrics of samples, and what true samples score by them.
+
+    Attributes:
+        primary: the metric that stands for quality.
+        fine_steps: steps of the fine ODE solution (fourth order, four evaluations each).
+        paired: samples of each block that are compared with the fine ODE from the same noise.
+    """
+
+    primary: ClassVar[str]
+    fine_steps: ClassVar[int]
+    paired: int
+
+    @abstractmethod
+    def metrics(self, cell: Cell, x: Tensor) -> dict[str, Estimate]:
+        """Of samples (R n, *event), block after block."""
+
+    @abstractmethod
+    def floor(self, cell: Cell) -> dict[str, Estimate]:
+        """The same of true samples, at the same sizes where there are as many."""
+
+    @abstractmethod
+    def truth(self, cell: Cell) -> str:
+        """What the samples are compared with, in a few words."""
+
+    @abstractmethod
+    def true_samples(self, cell: Cell) -> Tensor | None:
+        """Some true samples, for pictures."""
+
+    def with_paired(
+        self, found: dict[str, Estimate], size: Size, x: Tensor, fine: Tensor | None
+    ) -> dict[str, Estimate]:
+        """``found`` with the distances to the fine ODE from the same noise, where that is known."""
+        if fine is None:
+            return found
+        pairs = list(
+            zip((b[: self.paired] for b in size.blocks(x)), fine.split(self.paired), strict=True)
+        )
+        return {
+            **found,
+            "rms": estimate(rms_distance(a, b) for a, b in pairs),
+            "median": estimate(median_distance(a, b) for a, b in pairs),
+        }
+
+    def paired_ids(self, size: Size) -> Tensor:
+        """Ids of the samples that are compared with the fine ODE."""
+        return torch.cat([ids[: self.paired] for ids in size.ids().split(size.samples)])
+
+
+class ExactJudge(Judge):
+    """Distances to fresh samples of the law that exact solution of the same equation would give.
+
+    Unguided, and at γ = 0 and 1, that law is the target or its classes, and the samples are exact.
+    At other γ the guided ODE, the guided SDE and ``p(x|c)^γ p(x)^(1-γ)`` are three laws (and every
+    η of the reverse family another), so the truth is the same equation, solved finely.
+    """
+
+    primary = "energy"
+    fine_steps = 100
+
+    def __init__(self, subject: ExactSubject, size: Size, seed: int, machine: Machine) -> None:
+        self.subject = subject
+        self.size = size
+        self.paired = size.samples
+        self._seed = seed
+        self._machine = machine
+        self._references: dict[object, tuple[Reference, Tensor]] = {}
+        self._floors: dict[object, dict[str, Estimate]] = {}
+
+    def metrics(self, cell: Cell, x: Tensor) -> dict[str, Estimate]:
+        return self._reference(cell)[0].compare(self.size.blocks(x))
+
+    def floor(self, cell: Cell) -> dict[str, Estimate]:
+        key = self._key(cell)
+        if key not in self._floors:
+            other = self._true(cell, _FLOOR_IDS, self._seed + _FLOOR_SEED)
+            self._floors[key] = self._reference(cell)[0].compare(self.size.blocks(other))
+        return self._floors[key]
+
+    def truth(self, cell: Cell) -> str:
+        law = cell.condition.law
+        if law == "whole":
+            return "exact samples"
+        if law == "conditional":
+            return "exact samples of the classes"
+        return "the guided ODE, finely solved" if _eta(cell.solver) == 0 else (
+            "the guided SDE, finely solved"
+        )
+
+    def true_samples(self, cell: Cell) -> Tensor:
+        return self._reference(cell)[1]
+
+    def density(self, cell: Cell) -> GaussianMixture | None:
+        """The law as a mixture, where it is one."""
+        condition, target = cell.condition, self.subject.target
+        if condition.law == "whole" or condition.label == ALL:
+            uniform = torch.allclose(_class_weights(target), _class_weights(target).mean())
+            known = condition.law == "whole" or (condition.law == "conditional" and uniform)
+            return target if known else None
+        if condition.law == "conditional" and condition.label is not None:
+            return target.conditional(int(condition.label))
+        return None
+
+    def _key(self, cell: Cell) -> object:
+        """Cells with the same law share their true samples."""
+        condition = cell.condition
+        if condition.law == "guided":
+            return cell.sde, condition, _eta(cell.solver)
+        return condition.law, None if condition.law == "whole" else condition.label
+
+    def _reference(self, cell: Cell) -> tuple[Reference, Tensor]:
+        key = self._key(cell)
+        if key not in self._references:
+            true = self._true(cell, _TRUTH_IDS, self._seed + _TRUTH_SEED)
+            self._references[key] = Reference(self.size.blocks(true), seed=self._seed), true
+        return self._references[key]
+
+    def _true(self, cell: Cell, first_id: int, seed: int) -> Tensor:
+        condition, target = cell.condition, self.subject.target
+        ids = self.size.ids()
+        if condition.law == "whole":
+            return target.sample(len(ids), seed)[0]
+        if condition.law == "conditional":
+            labels = condition.labels(ids, target.num_classes)
+            x = torch.empty(len(ids), target.dimension)
+            for label in range(target.num_classes):
+                chosen = labels == label
+                count = int(chosen.sum())
+                x[chosen] = target.sample(count, seed + label, label)[0]
+            return x
+        eta = _eta(cell.solver)
+        fine: Solver = ProbabilityFlow("rk4")
+        steps = self.fine_steps
+        if eta > 0:
+            fine = Ancestral(eta=eta) if eta <= 1 else EulerMaruyama(eta=eta)
+            steps = FINE_SDE_STEPS
+        return self._machine.draw(
+            self.subject.score_of(cell.sde, condition),
+            self.subject.sdes[cell.sde],
+            fine,
+            event_shape=self.subject.event_shape,
+            # Ids that keep the class of the samples they stand for.
+            ids=ids + first_id // target.num_classes * target.num_classes,
+            steps=steps,
+            seed=self._seed,
+            suggested=self.subject.suggested,
+        ).x
+
+
+class ModelJudge(Judge):
+    """Fréchet distance to real data, and label accuracy, by a classifier that guidance never sees."""
+
+    primary = "frechet"
+    fine_steps = 40
+
+    def __init__(self, subject: ModelSubject, size: Size, seed: int) -> None:
+        self.subject = subject
+        self.size = size
+        self.paired = min(16, size.samples)
+        self.space = FeatureSpace(subject.judge, subject.data)
+
+    def metrics(self, cell: Cell, x: Tensor) -> dict[str, Estimate]:
+        labels = cell.condition.labels(self.size.ids(), self.subject.num_classes)
+        blocks = self.size.blocks(x)
+        found = {
+            "frechet": estimate(self.space.distance(b, cell.condition.label) for b in blocks)
+        }
+        if labels is not None and self.space.can_classify:
+            pairs = zip(blocks, self.size.blocks(labels), strict=True)
+            found["accuracy"] = estimate(self.space.accuracy(b, wanted) for b, wanted in pairs)
+        return found
+
+    def floor(self, cell: Cell) -> dict[str, Estimate]:
+        return self.space.floor(self.size.samples, self.size.repeats, cell.condition.label)
+
+    def truth(self, cell: Cell) -> str:
+        label = cell.condition.label
+        part = "real data" if label in (None, ALL) else f"real data of class {label}"
+        return f"{part}, in the judge's features"
+
+    def true_samples(self, cell: Cell) -> Tensor | None:
+        return self.space.real_samples(cell.condition.label)
+
+
+def make_judge(subject: Subject, size: Size, seed: int, machine: Machine) -> Judge:
+    """The judge of a subject."""
+    if isinstance(subject, ExactSubject):
+        return ExactJudge(subject, size, seed, machine)
+    if isinstance(subject, ModelSubject):
+        return ModelJudge(subject, size, seed)
+    raise TypeError(f"no judge for {type(subject).__name__}")
+
+
+def _eta(solver: Solver | Integrator) -> float:
+    """Which member of the reverse family a solver solves: 0 the ODE, 1 Anderson's SDE."""
+    inner = getattr(solver, "predictor", solver)
+    return float(getattr(inner, "eta", 1.0)) if solver.stochastic else 0.0
+
+
+def _class_weights(target: GaussianMixture) -> Tensor:
+    return torch.zeros(target.num_classes, dtype=target.weights.dtype).index_add(
+        0, target.labels, target.weights
+    )
