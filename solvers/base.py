@@ -37,7 +37,6 @@ The rules:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -54,8 +53,7 @@ if TYPE_CHECKING:
 State = Any
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """From a noisier level to a cleaner one.
 
     Attributes:
@@ -66,7 +64,7 @@ class Step:
         coefficients: what the solver's ``coefficients`` made of the above; empty if not prepared.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]
     start: NoiseLevel
     end: NoiseLevel
     stages: tuple[NoiseLevel, ...] = ()
@@ -145,6 +143,11 @@ class Integrator(ABC):
     def stochastic(self) -> bool:
         """Whether noise is drawn."""
 
+    @property
+    @abstractmethod
+    def adaptive(self) -> bool:
+        """Whether the method chooses its own steps, so that a run needs no ``steps``."""
+
     @abstractmethod
     def solve(
         self, score_fn: ScoreFn, sde: SDE, x: Tensor, times: Tensor, noise: Noise
@@ -165,8 +168,8 @@ def make_steps(sde: SDE, solver: Solver, times: Tensor, x: Tensor) -> list[Step]
     coefficients = [
         c.to(device=x.device, dtype=x.dtype).unbind() for c in solver.coefficients(together)
     ]
-    ends = _split(levels, x)
-    stages = [_split(stage, x) for stage in together.stages]
+    ends = unbound(levels, x.device)
+    stages = [unbound(stage, x.device) for stage in together.stages]
     return [
         Step(
             i,
@@ -179,10 +182,10 @@ def make_steps(sde: SDE, solver: Solver, times: Tensor, x: Tensor) -> list[Step]
     ]
 
 
-def _split(levels: NoiseLevel, x: Tensor) -> list[NoiseLevel]:
-    """Levels with ``(N,)`` fields as ``N`` levels with 0-d fields on ``x``'s device."""
-    wide = torch.float32 if x.device.type == "mps" else torch.float64
+def unbound(levels: NoiseLevel, device: torch.device) -> list[HostedLevel]:
+    """Levels with ``(N,)`` fields, on the host, as ``N`` levels with 0-d fields on a device."""
+    wide = torch.float32 if device.type == "mps" else torch.float64
     ratios = levels.sigma_over_alpha.tolist()
-    rows = torch.stack(tuple(levels)).to(device=x.device, dtype=wide)
+    rows = torch.stack(tuple(levels)).to(device=device, dtype=wide)
     columns = zip(*(row.unbind() for row in rows), strict=True)
     return [HostedLevel.of(column, ratio) for column, ratio in zip(columns, ratios, strict=True)]

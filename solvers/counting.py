@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sde_diffusion.prediction import Prediction, ScoreFn, cost_of, select
+from sde_diffusion.prediction import Prediction, ScoreFn, select
 from sde_diffusion.sde import NoiseLevel
 
 
@@ -20,6 +20,8 @@ class CountedScoreFn:
         self.score_fn = score_fn
         self.nfe = 0
         self.network_passes = 0
+        self._cost_at = getattr(score_fn, "cost_at", None)
+        self._cost: int = getattr(score_fn, "cost", 1)
 
     def __call__(self, x: Tensor, level: NoiseLevel) -> Prediction:
         prediction = self.score_fn(x, level)
@@ -34,7 +36,7 @@ class CountedScoreFn:
                 "wrap a network in EpsModel, X0Model, VModel, ScoreModel or EDMModel"
             )
         self.nfe += 1
-        self.network_passes += cost_of(self.score_fn, level)
+        self.network_passes += self._cost if self._cost_at is None else self._cost_at(level)
 
     def select(self, indices: Tensor) -> CountedScoreFn:
         """The score function of a part of the batch, with counts of its own."""

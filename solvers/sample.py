@@ -75,7 +75,7 @@ def sample(
     if not isinstance(solver, (Solver, Integrator)):
         hint = f": give an instance, {solver.__name__}()" if isinstance(solver, type) else ""
         raise TypeError(f"solver must be a Solver or an Integrator, got {solver!r}{hint}")
-    if isinstance(solver, Integrator) and (steps is None and grid is None):
+    if isinstance(solver, Integrator) and solver.adaptive and steps is None and grid is None:
         grid = [float(sde.t_max), float(sde.t_min)]
     times = grids.resolve(grid, sde, steps)
     stride = _stride(trajectory)

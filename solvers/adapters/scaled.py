@@ -17,24 +17,12 @@ from torch import Tensor
 from sde_diffusion.errors import NonFiniteError, require_count, require_finite, unknown_name
 from sde_diffusion.prediction import ScoreFn, select
 from sde_diffusion.sde import SDE, HostedLevel, NoiseLevel
-from solvers.base import Integrator
+from solvers.base import Integrator, unbound
 from solvers.counting import CountedScoreFn
 from solvers.noise import Noise
 from solvers.solution import Solution
 
 NORMS = ("sample", "batch")
-
-
-def levels_at(sde: SDE, times: Tensor, device: torch.device) -> list[HostedLevel]:
-    """The levels at ``times`` ``(N,)``, evaluated together in float64, each with 0-d fields."""
-    levels = sde.at(times)
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    ratios = levels.sigma_over_alpha.tolist()
-    columns = torch.stack(tuple(levels)).to(device=device, dtype=wide).unbind(1)
-    return [
-        HostedLevel.of(NoiseLevel(*column.unbind()), ratio)
-        for column, ratio in zip(columns, ratios, strict=True)
-    ]
 
 
 def evaluated_eps(score_fn: ScoreFn, x: Tensor, level: NoiseLevel, index: int) -> Tensor:
@@ -72,7 +60,7 @@ class Flow:
         self, score_fn: ScoreFn, sde: SDE, times: Tensor, like: Tensor, max_nfe: int
     ) -> None:
         self.times = times
-        self.start, self.end = levels_at(sde, times[[0, -1]], like.device)
+        self.start, self.end = unbound(sde.at(times[[0, -1]]), like.device)
         self.grid = sde.at(times).half_log_snr
         self.span = self.grid[0].item(), self.grid[-1].item()
         self.nfe = 0
@@ -95,7 +83,7 @@ class Flow:
         A wrong guess costs time and nothing else.
         """
         wanted = torch.as_tensor(half_log_snrs, dtype=torch.float64)
-        levels = levels_at(self._sde, self._sde.time(wanted.clamp(*self.span)), self._device)
+        levels = unbound(self._sde.at(self._sde.time(wanted.clamp(*self.span))), self._device)
         self._expected = iter(list(zip(wanted.tolist(), levels, strict=True)))
 
     def level(self, half_log_snr: float) -> HostedLevel:
@@ -108,7 +96,7 @@ class Flow:
         if abs(known - half_log_snr) <= self._tolerance * max(1.0, abs(known)):
             return level
         wanted = torch.tensor([half_log_snr], dtype=torch.float64)
-        return levels_at(self._sde, self._sde.time(wanted), self._device)[0]
+        return unbound(self._sde.at(self._sde.time(wanted)), self._device)[0]
 
     def slope(self, half_log_snr: float, x: Tensor, level: NoiseLevel) -> Tensor:
         """``eps`` at the state ``x = alpha y``; ``dy/dlambda`` is ``-sigma/alpha`` times it."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from sde_diffusion.errors import unknown_name
 from sde_diffusion.prediction import ScoreFn
 from sde_diffusion.sde import SDE
-from solvers.adapters.scaled import counting, evaluated_eps, levels_at
-from solvers.base import Integrator, Step
+from solvers.adapters.scaled import counting, evaluated_eps
+from solvers.base import Integrator, Step, unbound
 from solvers.noise import Noise
 from solvers.solution import Solution
 
@@ -105,7 +105,7 @@ class _ReverseSDE:
         #: What the clock loses in each step.
         self.spans = (-tau.diff()).tolist()
         inside = sde.time(-0.5 * torch.log(torch.lerp(tau[:-1], tau[1:], _SRK_NODE)))
-        levels = levels_at(sde, torch.cat([times, inside]), x.device)
+        levels = unbound(sde.at(torch.cat([times, inside])), x.device)
         self._grid, self._inside = levels[: len(times)], levels[len(times) :]
         self.start, self.end = levels[0], levels[len(times) - 1]
         self.steps = [Step(k, self._grid[k], self._grid[k + 1]) for k in range(len(times) - 1)]

@@ -51,19 +51,19 @@ class Langevin(Corrector):
     def correct(
         self, score_fn: ScoreFn, x: Tensor, level: NoiseLevel, step: Step, noise: Noise
     ) -> Tensor:
-        expected = self.snr * level.sigma * step.start.alpha / step.end.alpha
+        # sqrt(d / 2) with the expected norms.
+        root = self.snr * (step.start.alpha / step.end.alpha) * level.sigma
         for k in range(self.steps):
             z = noise(x, step, slot=k + 1)
             eps = score_fn(x, level).eps
-            root = expand(expected * self._ratio_of_norms(z, eps), x).to(x.dtype)
-            pull = -2 * root**2 / expand(level.sigma, x).to(x.dtype)
-            x = torch.addcmul(x, pull, eps).addcmul_(2 * root, z)
+            scaled = root if self.norm == "expected" else root * self._ratio_of_norms(z, eps)
+            spread = expand(2 * scaled, x)
+            pull = expand(-2 * scaled**2 / level.sigma, x)
+            x = torch.addcmul(x, pull, eps).addcmul_(spread, z)
         return x
 
-    def _ratio_of_norms(self, z: Tensor, eps: Tensor) -> float | Tensor:
+    def _ratio_of_norms(self, z: Tensor, eps: Tensor) -> Tensor:
         """``|z| / |eps|``, where ``|eps| = sigma |score|``."""
-        if self.norm == "expected":
-            return 1.0
         size_of_z, size_of_eps = per_sample_norm(z), per_sample_norm(eps)
         if self.norm == "batch":
             return size_of_z.mean() / size_of_eps.mean()
