@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from solvers.solution import Solution
 
 State = Any
+Coefficients = tuple[Any, ...]  # of tensors, or of such tuples
 
 
 class Step(NamedTuple):
@@ -68,7 +69,7 @@ class Step(NamedTuple):
     start: NoiseLevel
     end: NoiseLevel
     stages: tuple[NoiseLevel, ...] = ()
-    coefficients: tuple[Tensor, ...] = ()
+    coefficients: Coefficients = ()
 
 
 class Stepped(NamedTuple):
@@ -103,7 +104,7 @@ class Solver(ABC):
         ``start``."""
         return ()
 
-    def coefficients(self, step: Step) -> tuple[Tensor, ...]:
+    def coefficients(self, step: Step) -> Coefficients:
         """What depends on the schedule alone; fields of ``step`` may be 0-d, ``(B,)`` or
         ``(N,)``."""
         return ()
@@ -112,16 +113,22 @@ class Solver(ABC):
     def step(self, score_fn: ScoreFn, x: Tensor, step: Step, state: State, noise: Noise) -> Stepped:
         """Advance ``x`` ``(B, *event)`` from ``step.start`` to ``step.end``."""
 
-    def coefficients_of(self, step: Step, x: Tensor) -> tuple[Tensor, ...]:
+    def coefficients_of(self, step: Step, x: Tensor) -> Coefficients:
         """The step's coefficients, each ready to multiply ``x``."""
-        if step.coefficients:
-            return step.coefficients
-        return tuple(expand(c, x).to(x.dtype) for c in self.coefficients(step))
+        return step.coefficients or _expanded(self.coefficients(step), x)
 
 
 class Corrector(ABC):
     """A Markov kernel that should leave the law at one noise level as it is. Frozen dataclass of
     settings."""
+
+    def coefficients(self, step: Step, level: NoiseLevel) -> Coefficients:
+        """What depends on the schedule alone, for a correction at ``level`` within ``step``."""
+        return ()
+
+    def coefficients_of(self, step: Step, level: NoiseLevel, x: Tensor) -> Coefficients:
+        """The coefficients that ``step`` carries for this corrector, ready to multiply ``x``."""
+        return step.coefficients or _expanded(self.coefficients(step, level), x)
 
     @abstractmethod
     def correct(
@@ -165,9 +172,7 @@ def make_steps(sde: SDE, solver: Solver, times: Tensor, x: Tensor) -> list[Step]
     levels = sde.at(times)
     start, end = levels.map(lambda field: field[:-1]), levels.map(lambda field: field[1:])
     together = Step(0, start, end, solver.stages(sde, start, end))
-    coefficients = [
-        c.to(device=x.device, dtype=x.dtype).unbind() for c in solver.coefficients(together)
-    ]
+    coefficients = _rows(solver.coefficients(together), x, len(times) - 1)
     ends = unbound(levels, x.device)
     stages = [unbound(stage, x.device) for stage in together.stages]
     return [
@@ -176,7 +181,7 @@ def make_steps(sde: SDE, solver: Solver, times: Tensor, x: Tensor) -> list[Step]
             ends[i],
             ends[i + 1],
             tuple(stage[i] for stage in stages),
-            tuple(column[i] for column in coefficients),
+            coefficients[i],
         )
         for i in range(len(times) - 1)
     ]
@@ -189,3 +194,22 @@ def unbound(levels: NoiseLevel, device: torch.device) -> list[HostedLevel]:
     rows = torch.stack(tuple(levels)).to(device=device, dtype=wide)
     columns = zip(*(row.unbind() for row in rows), strict=True)
     return [HostedLevel.of(column, ratio) for column, ratio in zip(columns, ratios, strict=True)]
+
+
+def _rows(coefficients: Coefficients, x: Tensor, count: int) -> list[Coefficients]:
+    """Coefficients with ``(count,)`` entries as ``count`` tuples of 0-d ones, in ``x``'s dtype."""
+    if not coefficients:
+        return [()] * count
+    columns = (
+        _rows(c, x, count)
+        if isinstance(c, tuple)
+        else c.to(device=x.device, dtype=x.dtype).unbind()
+        for c in coefficients
+    )
+    return list(zip(*columns, strict=True))
+
+
+def _expanded(coefficients: Coefficients, x: Tensor) -> Coefficients:
+    return tuple(
+        _expanded(c, x) if isinstance(c, tuple) else expand(c, x).to(x.dtype) for c in coefficients
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sde_diffusion.errors import require_between, unknown_name
 from sde_diffusion.prediction import ScoreFn
-from solvers.base import Solver, State, Step, Stepped
+from solvers.base import Coefficients, Solver, State, Step, Stepped
 from solvers.noise import Noise
 
 
@@ -43,7 +43,7 @@ class Ancestral(Solver):
     def stochastic(self) -> bool:
         return self.eta > 0
 
-    def coefficients(self, step: Step) -> tuple[Tensor, ...]:
+    def coefficients(self, step: Step) -> Coefficients:
         start, end = step.start, step.end
         h = end.half_log_snr - start.half_log_snr
         lost = torch.expm1(-2 * h)

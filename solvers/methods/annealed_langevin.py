@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sde_diffusion.broadcast import expand
 from sde_diffusion.errors import require_count, require_finite
 from sde_diffusion.prediction import ScoreFn
 from sde_diffusion.sde import NoiseLevel
-from solvers.base import Corrector, Step
+from solvers.base import Coefficients, Corrector, Step
 from solvers.noise import Noise
 
 
@@ -41,11 +40,13 @@ class AnnealedLangevin(Corrector):
             )
         require_count("steps", self.steps)
 
+    def coefficients(self, step: Step, level: NoiseLevel) -> Coefficients:
+        return -self.step_size * level.sigma, math.sqrt(2 * self.step_size) * level.sigma
+
     def correct(
         self, score_fn: ScoreFn, x: Tensor, level: NoiseLevel, step: Step, noise: Noise
     ) -> Tensor:
-        sigma = expand(level.sigma, x).to(x.dtype)
-        pull, spread = -self.step_size * sigma, math.sqrt(2 * self.step_size) * sigma
+        pull, spread = self.coefficients_of(step, level, x)
         for k in range(self.steps):
             z = noise(x, step, slot=k + 1)
             eps = score_fn(x, level).eps

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sde_diffusion.errors import require_between
 from sde_diffusion.prediction import ScoreFn
-from solvers.base import Solver, State, Step, Stepped
+from solvers.base import Coefficients, Solver, State, Step, Stepped
 from solvers.noise import Noise
 
 
@@ -36,7 +36,7 @@ class EulerMaruyama(Solver):
     def stochastic(self) -> bool:
         return self.eta > 0
 
-    def coefficients(self, step: Step) -> tuple[Tensor, ...]:
+    def coefficients(self, step: Step) -> Coefficients:
         start = step.start
         h = start.t - step.end.t
         pull = -0.5 * (1 + self.eta**2) * start.g2 * h / start.sigma

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sde_diffusion.prediction import ScoreFn
-from solvers.base import Solver, State, Step, Stepped
+from solvers.base import Coefficients, Solver, State, Step, Stepped
 from solvers.noise import Noise
 
 
@@ -19,7 +19,7 @@ class Hold(Solver):
     order = 0
     stochastic = False
 
-    def coefficients(self, step: Step) -> tuple[Tensor, ...]:
+    def coefficients(self, step: Step) -> Coefficients:
         return (step.end.alpha / step.start.alpha,)
 
     def step(self, score_fn: ScoreFn, x: Tensor, step: Step, state: State, noise: Noise) -> Stepped:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from sde_diffusion.broadcast import expand, per_sample_norm
 from sde_diffusion.errors import require_count, require_finite, unknown_name
 from sde_diffusion.prediction import ScoreFn
 from sde_diffusion.sde import NoiseLevel
-from solvers.base import Corrector, Step
+from solvers.base import Coefficients, Corrector, Step
 from solvers.noise import Noise
 
 
@@ -48,18 +47,23 @@ class Langevin(Corrector):
         if self.norm not in ("expected", "sample", "batch"):
             raise unknown_name("norm", self.norm, ("expected", "sample", "batch"))
 
+    def coefficients(self, step: Step, level: NoiseLevel) -> Coefficients:
+        # sqrt(d / 2) with the expected norms.
+        root = self.snr * (step.start.alpha / step.end.alpha) * level.sigma
+        return -2 * root**2 / level.sigma, 2 * root
+
     def correct(
         self, score_fn: ScoreFn, x: Tensor, level: NoiseLevel, step: Step, noise: Noise
     ) -> Tensor:
-        # sqrt(d / 2) with the expected norms.
-        root = self.snr * (step.start.alpha / step.end.alpha) * level.sigma
+        pull, spread = self.coefficients_of(step, level, x)
         for k in range(self.steps):
             z = noise(x, step, slot=k + 1)
             eps = score_fn(x, level).eps
-            scaled = root if self.norm == "expected" else root * self._ratio_of_norms(z, eps)
-            spread = expand(2 * scaled, x)
-            pull = expand(-2 * scaled**2 / level.sigma, x)
-            x = torch.addcmul(x, pull, eps).addcmul_(spread, z)
+            if self.norm == "expected":
+                x = x.addcmul(pull, eps).addcmul_(spread, z)
+            else:
+                ratio = expand(self._ratio_of_norms(z, eps), x)
+                x = x.addcmul(pull * ratio**2, eps).addcmul_(spread * ratio, z)
         return x
 
     def _ratio_of_norms(self, z: Tensor, eps: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from sde_diffusion.errors import unknown_name
 from sde_diffusion.prediction import ScoreFn
 from sde_diffusion.sde import SDE, NoiseLevel
-from solvers.base import Corrector, Solver, State, Step, Stepped
+from solvers.base import Coefficients, Corrector, Solver, State, Step, Stepped
 from solvers.methods.langevin import Langevin
 from solvers.methods.reverse_diffusion import ReverseDiffusion
 from solvers.noise import Noise
@@ -50,13 +50,17 @@ class PredictorCorrector(Solver):
     def stages(self, sde: SDE, start: NoiseLevel, end: NoiseLevel) -> tuple[NoiseLevel, ...]:
         return self.predictor.stages(sde, start, end)
 
-    def coefficients(self, step: Step) -> tuple[Tensor, ...]:
-        return self.predictor.coefficients(step)
+    def coefficients(self, step: Step) -> Coefficients:
+        level = step.start if self.first == "corrector" else step.end
+        return self.predictor.coefficients(step), self.corrector.coefficients(step, level)
 
     def step(self, score_fn: ScoreFn, x: Tensor, step: Step, state: State, noise: Noise) -> Stepped:
+        mine, theirs = self.coefficients_of(step, x)
+        predicting = Step(step.index, step.start, step.end, step.stages, mine)
+        correcting = Step(step.index, step.start, step.end, step.stages, theirs)
         if self.first == "corrector":
-            x = self.corrector.correct(score_fn, x, step.start, step, noise)
-            return self.predictor.step(score_fn, x, step, state, noise)
-        predicted = self.predictor.step(score_fn, x, step, state, noise)
-        x = self.corrector.correct(score_fn, predicted.x, step.end, step, noise)
-        return predicted._replace(x=x)
+            x = self.corrector.correct(score_fn, x, step.start, correcting, noise)
+            return self.predictor.step(score_fn, x, predicting, state, noise)
+        predicted = self.predictor.step(score_fn, x, predicting, state, noise)
+        x = self.corrector.correct(score_fn, predicted.x, step.end, correcting, noise)
+        return Stepped(x, predicted.state, predicted.error)

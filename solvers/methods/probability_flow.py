@@ -12,7 +12,7 @@ from torch import Tensor
 from sde_diffusion.errors import unknown_name
 from sde_diffusion.prediction import ScoreFn
 from sde_diffusion.sde import SDE, NoiseLevel
-from solvers.base import Solver, State, Step, Stepped
+from solvers.base import Coefficients, Solver, State, Step, Stepped
 from solvers.noise import Noise
 
 
@@ -71,7 +71,7 @@ class ProbabilityFlow(Solver):
         }
         return tuple(inside.get(node, end) for node in TABLEAUS[self.method].nodes)
 
-    def coefficients(self, step: Step) -> tuple[Tensor, ...]:
+    def coefficients(self, step: Step) -> Coefficients:
         """For each stage and the end: what multiplies x, then what multiplies each non-zero
         slope."""
         tableau = TABLEAUS[self.method]

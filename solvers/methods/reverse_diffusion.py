@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.prediction import ScoreFn
-from solvers.base import Solver, State, Step, Stepped
+from solvers.base import Coefficients, Solver, State, Step, Stepped
 from solvers.noise import Noise
 
 
@@ -25,7 +25,7 @@ class ReverseDiffusion(Solver):
     order = 1
     stochastic = True
 
-    def coefficients(self, step: Step) -> tuple[Tensor, ...]:
+    def coefficients(self, step: Step) -> Coefficients:
         start, end = step.start, step.end
         variance = -(start.sigma**2) * torch.expm1(2 * (start.half_log_snr - end.half_log_snr))
         return 2 - start.alpha / end.alpha, -variance / start.sigma, torch.sqrt(variance)
