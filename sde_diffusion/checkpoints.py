@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from sde_diffusion.data import DataDescription
 from sde_diffusion.errors import unknown_name
+from sde_diffusion.loop import seeded
 from sde_diffusion.networks import JudgeNet, NoisedClassifier, RandomFeatures, build_network
 from sde_diffusion.networks.classifier import ClassifierNet
 from sde_diffusion.parametrization import (
@@ -296,7 +298,7 @@ def load_model(path: str | Path) -> LoadedModel:
         sde = sde_from_config(info["sde"])
         data = DataDescription.from_config(info["data"])
         networks = {
-            name: None if config is None else build_network(config)
+            name: None if config is None else seeded(partial(build_network, config))
             for name, config in info["networks"].items()
         }
         settings = dict(info["parametrization"])

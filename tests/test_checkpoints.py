@@ -109,7 +109,9 @@ def test_every_parametrization_comes_back_exactly(tmp_path: Path, make) -> None:
 
 
 def test_the_whole_folder_comes_back(folder: Path) -> None:
+    before = torch.get_rng_state()
     loaded = load_model(folder)
+    assert torch.equal(before, torch.get_rng_state())
     assert isinstance(loaded, LoadedModel)
     assert loaded.data == DATA
     assert loaded.event_shape == (3,)
