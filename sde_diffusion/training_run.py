@@ -74,6 +74,7 @@ class Run:
         self.finished: dict[str, nn.Module] = {}
         self.pending: tuple[dict[str, Tensor], int] | None = None
         self.seconds = 0.0
+        self.cpu_seconds = 0.0
         stages = {"score network": settings.score}
         if data.num_classes is not None:
             stages |= {"classifier": settings.classifier, "judge": settings.judge}
@@ -135,10 +136,12 @@ class Run:
             loop.load(*self.pending)
             self.pending = None
         started, before = time.monotonic(), self.seconds
+        cpu_started, cpu_before = time.process_time(), self.cpu_seconds
         try:
             while loop.done < loop.settings.steps:
                 loss = loop.step()
                 self.seconds = before + time.monotonic() - started
+                self.cpu_seconds = cpu_before + time.process_time() - cpu_started
                 if loop.done % self.every == 0:
                     self._write_checkpoint(loop)
                 report(Progress(stage, loop.done, loop.settings.steps, loss))
@@ -164,6 +167,7 @@ class Run:
         classifier: NoisedClassifier | None = None
         figures: dict[str, Any] = {
             "seconds": round(self.seconds, 1),
+            "cpu_seconds": round(self.cpu_seconds, 1),
             "threads": torch.get_num_threads(),
         }
         if conditional:
@@ -295,6 +299,7 @@ class Run:
             "current": current,
             "done": done,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
         }
         write_tensors(self.checkpoint, tensors, {"training": json.dumps(info)})
 
@@ -306,6 +311,7 @@ class Run:
             info = json.loads(metadata["training"])
             version, finished = info["version"], list(info["finished"])
             done, self.seconds = int(info["done"]), float(info["seconds"])
+            self.cpu_seconds = float(info["cpu_seconds"])
             current = info["current"]
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
