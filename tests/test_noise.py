@@ -336,9 +336,9 @@ def test_path_has_the_states_dtype(dtype: torch.dtype, start: float) -> None:
         z = path(like(3, 2, dtype=dtype), step_of(0, VPSDE(), start, 1e-3), slot)
         assert z.dtype == dtype
         assert z.shape == (3, 2)
-    wide = path(like(3, 2), step_of(0, VPSDE(), start, 0.5))
-    narrow = path(like(3, 2, dtype=torch.float32), step_of(0, VPSDE(), start, 0.5))
-    torch.testing.assert_close(narrow.double(), wide, rtol=1e-6, atol=1e-6)  # one rounding
+    # Computed in float64 and rounded once: near points of the path would cancel in float32.
+    step = step_of(0, VPSDE(), start, start - 1e-4)
+    assert torch.equal(path(like(3, 2, dtype=dtype), step), path(like(3, 2), step).to(dtype))
 
 
 def test_refining_a_run_on_one_path_converges_pathwise() -> None:

@@ -101,14 +101,6 @@ def test_float32_predictions_stay_float32_with_float64_levels(given: str) -> Non
             torch.testing.assert_close(found, forms[form], rtol=1e-5, atol=1e-5)
 
 
-def test_a_prediction_is_one_estimate() -> None:
-    level, x = VPSDE().at(0.5), torch.zeros(2, 3)
-    with pytest.raises(TypeError, match="exactly one of x0, eps, score, v"):
-        Prediction(x, level)
-    with pytest.raises(TypeError, match="exactly one of x0, eps, score, v"):
-        Prediction(x, level, x0=x, eps=x)
-
-
 def test_a_form_is_computed_once() -> None:
     prediction = Prediction.from_eps(torch.ones(2, 3), VPSDE().at(0.5), torch.ones(2, 3))
     assert prediction.x0 is prediction.x0
