@@ -127,7 +127,7 @@ def _run(
     compiled = compiled_step(solver, score_fn, noise) if compile else None
     state: State = solver.init(x)
     guard = FiniteGuard(solver, score_fn.score_fn, noise, x, state)
-    kept, kept_times = [x], [times[0].item()]
+    kept, kept_at = [x], [0]
     step: Step | None
     with reporting(progress, walk.total) as report:
         while (step := walk.propose()) is not None:
@@ -139,7 +139,7 @@ def _run(
             guard.watch(step, x, state)
             if stride is not None and (walk.accepted % stride == 0 or walk.accepted == walk.total):
                 kept.append(x)
-                kept_times.append(times[walk.accepted].item())
+                kept_at.append(walk.accepted)
             if report is not None:
                 report(walk.accepted, walk.total)
     guard.finish(x)
@@ -147,7 +147,7 @@ def _run(
     solution.stats.update(accepted=walk.accepted, rejected=walk.rejected)
     if stride is not None:
         solution.trajectory = torch.stack(kept)
-        solution.trajectory_times = torch.tensor(kept_times, dtype=torch.float64)
+        solution.trajectory_times = times[kept_at]
     return solution
 
 
