@@ -134,9 +134,7 @@ def make_plan(options: CompareOptions) -> Plan:
         require_count("--batch-size", options.batch_size)
     conditions = make_conditions(options.guidances, options.scales, options.label)
     machine = make_machine(options.device, options.batch_size)
-    subjects = make_subjects(
-        SubjectOptions(targets, options.models, options.sdes, options.data)
-    )
+    subjects = make_subjects(SubjectOptions(targets, options.models, options.sdes, options.data))
     cells: list[PlannedCell] = []
     steps = {
         (solver, budget): _steps(solver, budget, options.denoise)
@@ -352,5 +350,3 @@ def _work(plan: Plan, planned: PlannedCell) -> float:
 def _finished(folder: RunFolder, plan: Plan) -> str:
     rows = len(folder.rows)
     return f"{rows} of {len(plan.cells)} rows are finished and kept in {folder.path}/results.json"
-
-

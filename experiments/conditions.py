@@ -43,11 +43,13 @@ class Condition:
 
     def labels(self, ids: Tensor, num_classes: int | None) -> Tensor | None:
         """The classes (B,) of the samples with these ids, or None."""
-        if self.label is None:
-            return None
-        if self.label == ALL:
-            return ids % int(num_classes or 1)
-        return torch.full_like(ids, int(self.label))
+        return None if self.label is None else self.class_of(ids, num_classes or 1)
+
+    def class_of(self, ids: Tensor, num_classes: int) -> Tensor:
+        """The classes, where there is a label."""
+        if isinstance(self.label, int):
+            return torch.full_like(ids, self.label)
+        return ids % num_classes
 
     def __str__(self) -> str:
         words = []
@@ -84,7 +86,7 @@ def make_conditions(
         conditions.append(Condition(label=given))
     for guidance in guided:
         for scale in dict.fromkeys(scales or (1.0,)):
-            conditions.append(Condition(guidance, float(scale), ALL if given is None else given))
+            conditions.append(Condition(guidance, float(scale), "all" if given is None else given))
     return conditions
 
 

@@ -53,7 +53,7 @@ class Machine:
         workers: chunks at a time.
     """
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device
     batch_size: int | None = None
     workers: int = 1
 

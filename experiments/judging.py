@@ -140,8 +140,10 @@ class ExactJudge(Judge):
             return "exact samples"
         if law == "conditional":
             return "exact samples of the classes"
-        return "the guided ODE, finely solved" if _eta(cell.solver) == 0 else (
-            "the guided SDE, finely solved"
+        return (
+            "the guided ODE, finely solved"
+            if _eta(cell.solver) == 0
+            else ("the guided SDE, finely solved")
         )
 
     def true_samples(self, cell: Cell) -> Tensor:
@@ -178,10 +180,10 @@ class ExactJudge(Judge):
         if condition.law == "whole":
             return target.sample(len(ids), seed)[0]
         if condition.law == "conditional":
-            labels = condition.labels(ids, target.num_classes)
+            labels = condition.class_of(ids, target.num_classes)
             x = torch.empty(len(ids), target.dimension)
             for label in range(target.num_classes):
-                chosen = labels == label
+                chosen = torch.eq(labels, label)
                 count = int(chosen.sum())
                 x[chosen] = target.sample(count, seed + label, label)[0]
             return x
@@ -205,7 +207,7 @@ class ExactJudge(Judge):
 
 
 class ModelJudge(Judge):
-    """Fréchet distance to real data, and label accuracy, by a classifier that guidance never sees."""
+    """Fréchet distance to real data, and label accuracy, by a classifier that no guidance sees."""
 
     primary = "frechet"
     fine_steps = 40
@@ -219,9 +221,7 @@ class ModelJudge(Judge):
     def metrics(self, cell: Cell, x: Tensor) -> dict[str, Estimate]:
         labels = cell.condition.labels(self.size.ids(), self.subject.num_classes)
         blocks = self.size.blocks(x)
-        found = {
-            "frechet": estimate(self.space.distance(b, cell.condition.label) for b in blocks)
-        }
+        found = {"frechet": estimate(self.space.distance(b, cell.condition.label) for b in blocks)}
         if labels is not None and self.space.can_classify:
             pairs = zip(blocks, self.size.blocks(labels), strict=True)
             found["accuracy"] = estimate(self.space.accuracy(b, wanted) for b, wanted in pairs)

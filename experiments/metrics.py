@@ -45,6 +45,7 @@ METRICS: dict[str, MetricInfo] = {
     "rms": MetricInfo("RMS distance to the fine solution", "units of x"),
     "median": MetricInfo("Median distance to the fine solution", "units of x"),
     "frechet": MetricInfo("Fréchet distance", "features squared"),
+    "error": MetricInfo("ODE: RMS distance to the fine solution", "SDE: |mean log p − true|, nats"),
     "accuracy": MetricInfo("Label accuracy", "fraction", lower_is_better=False),
 }
 SET_METRICS = ("energy", "sliced_w2", "w2")

@@ -79,7 +79,8 @@ def error_vs_steps(
         path: the PNG to write.
         rows: as in results.json, with ``steps`` and ``metric``.
         metric: whose value is the error.
-        rounding: error below which only rounding is measured; such grids are not fitted.
+        rounding: error below which only rounding is measured; such grids are not fitted. A row's
+            own ``error_floor`` may be higher.
     Raises:
         ValueError: no row can be drawn.
     """
@@ -97,7 +98,8 @@ def error_vs_steps(
                     if not line:
                         continue
                     x, y, _ = _draw(ax, line, "steps", metric, Look(k), joined=False)
-                    slope = fit_slope([int(n) for n in x], list(y), floor=rounding)
+                    floor = max([rounding, *(r.get("error_floor") or 0.0 for r in line)])
+                    slope = fit_slope([int(n) for n in x], list(y), floor=floor)
                     handle = Line2D(
                         [], [], color=Look(k).colour, marker=Look(k).marker, markersize=5
                     )

@@ -37,7 +37,9 @@ def parse_solver(text: str, argument: str = "--solver") -> Solver | Integrator:
     else:
         settings = _settings(rest, argument)
         if colon and not settings:
-            raise ValueError(f"{argument} {text!r}: no settings after the colon; leave the colon out")
+            raise ValueError(
+                f"{argument} {text!r}: no settings after the colon; leave the colon out"
+            )
     component = _build(name, settings, argument)
     if isinstance(component, Corrector):
         raise ValueError(
@@ -108,7 +110,9 @@ def _convert(text: str, hint: Any, what: str) -> Any:
         name, settings = _call(text, what)
         component = _build(name, settings, what)
         if not isinstance(component, hint):
-            raise ValueError(f"{what} must be a {hint.__name__.lower()}, got {text!r}: {_among(hint)}")
+            raise ValueError(
+                f"{what} must be a {hint.__name__.lower()}, got {text!r}: {_among(hint)}"
+            )
         return component
     if hint is bool:
         if text.lower() not in _WORDS:

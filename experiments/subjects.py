@@ -1,4 +1,4 @@
-"""What is sampled: exact targets by name, trained models by folder; each with its score functions."""
+"""What is sampled: exact targets by name and trained models by folder, with their scores."""
 
 from __future__ import annotations
 
@@ -227,8 +227,8 @@ def _digits(sdes: Sequence[str], data: str | None) -> ModelSubject:
         if sde not in there:
             known = f"only for {', '.join(sorted(there))}" if there else "not at all"
             raise ValueError(
-                f"--target digits has shipped networks {known}, not for --sde {sde}; train one with: "
-                f"sde-diffusion train digits --sde {sde} --out runs/digits-{sde}, and use it with: "
+                f"--target digits has shipped networks {known}, not for --sde {sde}; train one: "
+                f"sde-diffusion train digits --sde {sde} --out runs/digits-{sde}, and use it: "
                 f"--model runs/digits-{sde}"
             )
     models = {sde: load_model(there[sde]) for sde in sdes}

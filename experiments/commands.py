@@ -1,0 +1,168 @@
+"""What each command does, and what it prints."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from experiments import compare, generate, steps
+from experiments.galleries import draw_pictures
+from experiments.plots import error_vs_steps
+from experiments.progress import ProgressBar
+from experiments.tables import comparison_tables, legend, make_console
+from sde_diffusion import named_sde
+from sde_diffusion.checkpoints import describe
+from sde_diffusion.data import load_data
+
+
+def run_compare(options: compare.CompareOptions) -> None:
+    """``sde-diffusion compare``."""
+    started = time.monotonic()
+    plan = compare.make_plan(options)
+    with ProgressBar() as bar:
+        outcome = compare.run(plan, bar)
+        bar.now("pictures")
+        paths = draw_pictures(outcome)
+    console = make_console()
+    for table in comparison_tables(outcome.folder.rows):
+        console.print(table)
+    console.print(legend(outcome.folder.rows), style="dim")
+    _wrote(console, outcome.folder.path, ["results.json", *(p.name for p in paths)], started)
+
+
+def run_steps(options: steps.StepsOptions) -> None:
+    """``sde-diffusion steps``."""
+    started = time.monotonic()
+    plan = steps.make_plan(options)
+    with ProgressBar() as bar:
+        folder, fitted = steps.run(plan, bar)
+        bar.now("picture")
+        error_vs_steps(folder.path / steps.PICTURE, folder.rows, metric="error")
+    console = make_console()
+    console.print(_slope_table(plan.subject.name, fitted))
+    _wrote(console, folder.path, ["results.json", steps.PICTURE], started)
+
+
+def run_sample(options: generate.SampleOptions) -> None:
+    """``sde-diffusion sample``."""
+    started = time.monotonic()
+    plan = generate.make_plan(options)
+    with ProgressBar() as bar:
+        written = generate.run(plan, bar)
+    drawn = written.drawn
+    console = make_console()
+    console.print(
+        f"{len(drawn.x):,} samples of {plan.subject.name}, {drawn.nfe:g} evaluations each "
+        f"({drawn.network_passes:g} network passes), {drawn.seconds:.2g} s of sampling"
+    )
+    _wrote(console, written.folder, list(written.files), started)
+
+
+def run_train(
+    data: str,
+    sde: str,
+    steps: int | None,
+    seed: int,
+    labels: str | None,
+    out: str | None,
+    resume: bool,
+    overwrite: bool,
+    checkpoint_every: int,
+) -> None:
+    """``sde-diffusion train``."""
+    from sde_diffusion.errors import require_count
+    from sde_diffusion.training import train
+
+    if steps is not None:
+        require_count("--steps", steps)
+    require_count("--seed", seed, least=0)
+    require_count("--checkpoint-every", checkpoint_every)
+    process = named_sde(sde)
+    dataset = load_data(data, labels=labels)
+    stem = re.sub(r"[^A-Za-z0-9_.+-]", "_", Path(data).expanduser().resolve().stem or "data")
+    folder = out or str(Path("runs") / f"{stem}-{sde}")
+    console = make_console()
+    classes = f"{dataset.num_classes} classes" if dataset.num_classes else "no labels"
+    console.print(
+        f"{len(dataset.train_x):,} samples of shape {dataset.event_shape}, {classes}; "
+        f"{len(dataset.test_x):,} held out"
+    )
+    started = time.monotonic()
+    path = train(
+        dataset,
+        process,
+        folder,
+        steps=steps,
+        seed=seed,
+        resume=resume,
+        overwrite=overwrite,
+        checkpoint_every=checkpoint_every,
+        progress=make_console(error=True).is_terminal,
+    )
+    about = describe(path)
+    accuracy = about["training"].get("judge_accuracy")
+    judged = "" if accuracy is None else f", judge right on {accuracy:.1%} of held-out data"
+    console.print(f"{about['parameters']:,} weights in the score network{judged}")
+    _wrote(console, path, sorted(p.name for p in path.iterdir()), started)
+    console.print(f"next: sde-diffusion compare --model {path}", style="dim")
+
+
+def _slope_table(target: str, fitted: list[steps.Fitted]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table.title = Text.assemble((target, "bold"), "  error against steps")
+    table.title_justify = "left"
+    counts = sorted({count for fit in fitted for count in fit.errors})
+    shown = counts if len(counts) <= 5 else [counts[0], counts[len(counts) // 2], counts[-1]]
+    table.add_column("steps")
+    for count in shown:
+        table.add_column(str(count), justify="right")
+    table.add_column("declared", justify="right")
+    table.add_column("fitted", justify="right")
+    table.add_column("on", justify="right")
+    for sde in dict.fromkeys(fit.sde for fit in fitted):
+        table.add_section()
+        table.add_row(Text(sde.upper(), style="bold"))
+        for fit in (f for f in fitted if f.sde == sde):
+            slope = fit.slope
+            order = Text("below the floor", style="dim")
+            if slope is not None:
+                spread = "" if slope.stderr is None else f" ± {max(slope.stderr, 0.01):.2f}"
+                close = slope.order >= fit.declared - 0.25
+                order = Text(f"{slope.order:.2f}{spread}", style="green" if close else "yellow")
+            errors = [
+                Text(
+                    f"{fit.errors[n].value:.2g}",
+                    style="" if fit.errors[n].value > 3 * fit.floor else "dim",
+                )
+                for n in shown
+            ]
+            table.add_row(
+                Text(f"  {fit.solver}"),
+                *errors,
+                str(fit.declared),
+                order,
+                "" if slope is None else f"{slope.first}–{slope.last}",
+            )
+    table.caption = Text(
+        "ODE solvers: RMS distance to the fine ODE from the same noise, float64. SDE solvers: weak "
+        "error, |mean log density - true|, in nats; dim: within three standard errors of zero, not "
+        "fitted.",
+        style="dim",
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _wrote(console: Console, folder: Path, names: list[str], started: float) -> None:
+    seconds = time.monotonic() - started
+    console.print(
+        Text.assemble(
+            ("wrote ", ""), (f"{folder}/", "bold"), f" {', '.join(names)}  in {seconds:.0f} s"
+        )
+    )

@@ -1,0 +1,290 @@
+"""Samples of one model or target, written as arrays and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.budget import measured_nfe, steps_for_budget
+from experiments.compare import Progress
+from experiments.conditions import Condition, make_conditions
+from experiments.draw import Drawn, Machine, make_machine, one_thread_each
+from experiments.folders import default_out, prepare_out
+from experiments.pictures import SampleGroup, samples_figure, strip_figure
+from experiments.results import environment, plain, write_whole
+from experiments.spec import parse_solver, spec_of
+from experiments.subjects import ExactSubject, ModelSubject, Subject, SubjectOptions, make_subjects
+from sde_diffusion.errors import require_count
+from solvers import Integrator, Solver, grids, sample
+from solvers.catalogue import settings_of
+
+MANIFEST = "manifest.json"
+ARRAYS = ("samples.npy", "labels.npy", "trajectory.npy")
+PICTURES = ("samples.png", "trajectory.png")
+_SHOWN = 100  # images in the picture
+_STRIP = 6  # samples of an image model in the strip; of vectors 600
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """What the command line says."""
+
+    model: str | None = None
+    target: str | None = None
+    sde: str | None = None
+    solver: str = "probability_flow"
+    nfe: int = 50
+    count: int = 64
+    guidance: str = "none"
+    scale: float | None = None
+    label: str | None = None
+    seed: int = 0
+    batch_size: int | None = None
+    device: str = "cpu"
+    grid: str | None = None
+    denoise: bool = False
+    trajectory: bool = False
+    out: str | None = None
+
+
+@dataclass
+class SamplePlan:
+    """Arguments known to be good."""
+
+    options: SampleOptions
+    subject: Subject
+    sde: str
+    condition: Condition
+    solver: Solver | Integrator
+    steps: int | None
+    machine: Machine
+    out: str
+
+
+@dataclass
+class Written:
+    """What a run wrote, and what it cost."""
+
+    folder: Path
+    drawn: Drawn
+    files: Sequence[str]
+
+
+def make_plan(options: SampleOptions) -> SamplePlan:
+    """Check everything.
+
+    Raises:
+        ValueError, TypeError: whatever is wrong with the options, before any work.
+    """
+    require_count("-n", options.count)
+    require_count("--nfe", options.nfe)
+    require_count("--seed", options.seed, least=0)
+    if options.batch_size is not None:
+        require_count("--batch-size", options.batch_size)
+    if options.model is not None and options.target is not None:
+        raise ValueError("--model and --target are two things to sample; give one of them")
+    solver = parse_solver(options.solver)
+    scales = () if options.scale is None else (options.scale,)
+    (condition,) = make_conditions((options.guidance,), scales, options.label)
+    machine = make_machine(options.device, options.batch_size)
+    sdes = () if options.sde is None else (options.sde,)
+    if options.model is None:
+        target = options.target or "digits"
+        (subject,) = make_subjects(SubjectOptions((target,), (), sdes or ("vp",)))
+    else:
+        (subject,) = make_subjects(SubjectOptions((), (options.model,), sdes))
+    subject.check(condition)
+    (sde,) = subject.sdes
+    if options.grid is not None:
+        grids.resolve(options.grid, subject.sdes[sde], 1)
+    if options.trajectory and isinstance(solver, Integrator):
+        raise ValueError(
+            f"--trajectory needs a solver that steps here, and {spec_of(solver)} owns its loop; "
+            "leave --trajectory out, or use probability_flow"
+        )
+    steps = _steps(solver, options)
+    config = {**asdict(options), "out": None, "batch_size": None, "device": None}
+    out = options.out or default_out("sample", [subject.name, sde], config)
+    return SamplePlan(options, subject, sde, condition, solver, steps, machine, out)
+
+
+def run(plan: SamplePlan, progress: Progress) -> Written:
+    """Draw the samples and write them.
+
+    ``samples.npy`` holds them in the range of the data the model was trained on, ``labels.npy``
+    the class of each where they have one, ``manifest.json`` all that determines them.
+    """
+    options, subject = plan.options, plan.subject
+    folder = prepare_out(plan.out, MANIFEST, (*ARRAYS, *PICTURES))
+    subject.to(plan.machine.device)
+    ids = torch.arange(options.count)
+    progress.start(1 + options.trajectory)
+    progress.now(f"{options.count} samples · {subject.name} · {plan.sde} · {spec_of(plan.solver)}")
+    with one_thread_each():
+        drawn = plan.machine.draw(
+            subject.score_of(plan.sde, plan.condition),
+            subject.sdes[plan.sde],
+            plan.solver,
+            event_shape=subject.event_shape,
+            ids=ids,
+            steps=plan.steps,
+            seed=options.seed,
+            grid=None if plan.steps is None else options.grid,
+            denoise=options.denoise,
+            suggested=subject.suggested,
+        )
+        progress.done(1)
+        files = ["samples.npy"]
+        _write_array(folder / "samples.npy", _raw(subject, drawn.x))
+        labels = plan.condition.labels(ids, subject.num_classes)
+        if labels is not None:
+            _write_array(folder / "labels.npy", labels)
+            files.append("labels.npy")
+        if options.trajectory:
+            _write_trajectory(plan, folder)
+            files += ["trajectory.npy", "trajectory.png"]
+            progress.done(1)
+    _draw(plan, folder / "samples.png", drawn.x)
+    files += ["samples.png", MANIFEST]
+    write_whole(folder / MANIFEST, json.dumps(_manifest(plan, drawn, files), indent=1) + "\n")
+    return Written(folder, drawn, files)
+
+
+def _steps(solver: Solver | Integrator, options: SampleOptions) -> int | None:
+    if getattr(solver, "adaptive", False):
+        return None
+    least = measured_nfe(solver, 1, denoise=options.denoise)
+    if least > options.nfe:
+        raise ValueError(
+            f"--nfe {options.nfe} is too few for {spec_of(solver)}: one step costs {least:g} "
+            f"evaluations; give at least {least:g}"
+        )
+    return steps_for_budget(solver, options.nfe, denoise=options.denoise)
+
+
+def _write_trajectory(plan: SamplePlan, folder: Path) -> None:
+    """The same first samples once more, every state kept: a sample does not depend on its batch."""
+    options, subject = plan.options, plan.subject
+    images = len(subject.event_shape) > 1
+    ids = torch.arange(min(options.count, _STRIP if images else 600))
+    solution = sample(
+        subject.score_of(plan.sde, plan.condition)(ids),
+        subject.sdes[plan.sde],
+        plan.solver,
+        shape=(len(ids), *subject.event_shape),
+        sample_ids=ids,
+        steps=plan.steps,
+        grid=options.grid,
+        seed=options.seed,
+        trajectory=True,
+        device=plan.machine.device,
+    )
+    if solution.trajectory is None or solution.trajectory_times is None:
+        raise RuntimeError(f"{spec_of(plan.solver)} kept no trajectory")
+    states = solution.trajectory.cpu()
+    _write_array(folder / "trajectory.npy", states)
+    strip_figure(
+        folder / "trajectory.png", states, solution.trajectory_times, density=_density(plan)
+    )
+
+
+def _draw(plan: SamplePlan, path: Path, x: Tensor) -> None:
+    subject = plan.subject
+    images = len(subject.event_shape) > 1
+    title = f"{subject.name} · {plan.sde} · {spec_of(plan.solver)}"
+    condition = f", {plan.condition}" if str(plan.condition) else ""
+    shown = x[:_SHOWN]
+    if images and isinstance(subject, ModelSubject):
+        _image_grid(path, subject.judge.data.scaling.to_unit(shown))
+        return
+    samples_figure(
+        path,
+        [SampleGroup(title + condition, {f"{len(x):,} samples": x[:600]}, density=_density(plan))],
+        columns=2,
+    )
+
+
+def _image_grid(path: Path, images: Tensor) -> None:
+    """Images side by side, magnified by a whole number so that a grid is about 800 pixels wide."""
+    from PIL import Image
+
+    from experiments.pictures import tile_images
+
+    tiles = tile_images(images, limit=_SHOWN)
+    magnified = max(1, 800 // max(tiles.shape[:2]))
+    pixels = np.kron(tiles, np.ones((magnified, magnified, *[1] * (tiles.ndim - 2))))
+    picture = Image.fromarray((pixels * 255).round().astype(np.uint8))
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        picture.save(temporary, format="png")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _density(plan: SamplePlan) -> Any:
+    subject = plan.subject
+    if not isinstance(subject, ExactSubject) or subject.event_shape != (2,):
+        return None
+    condition, target = plan.condition, subject.target
+    if condition.law == "whole":
+        return target.log_prob
+    if condition.law == "conditional" and isinstance(condition.label, int):
+        return target.conditional(condition.label).log_prob
+    return None
+
+
+def _raw(subject: Subject, x: Tensor) -> Tensor:
+    return subject.judge.data.scaling.to_raw(x) if isinstance(subject, ModelSubject) else x
+
+
+def _write_array(path: Path, x: Tensor) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.save(file, x.numpy(), allow_pickle=False)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _manifest(plan: SamplePlan, drawn: Drawn, files: Sequence[str]) -> dict[str, Any]:
+    subject, options = plan.subject, plan.options
+    scaling = None
+    if isinstance(subject, ModelSubject):
+        own = subject.judge.data.scaling
+        scaling = {"low": own.low, "high": own.high}
+    manifest: dict[str, Any] = plain(
+        {
+            "format": "sde-diffusion-samples",
+            "version": 1,
+            "subject": subject.name,
+            "model": options.model,
+            "sde": subject.sdes[plan.sde].config(),
+            "solver": spec_of(plan.solver),
+            "settings": settings_of(plan.solver),
+            "steps": plan.steps,
+            "grid": options.grid or subject.sdes[plan.sde].default_grid,
+            "denoise": options.denoise,
+            "nfe": drawn.nfe,
+            "network_passes": drawn.network_passes,
+            "seconds": drawn.seconds,
+            "guidance": plan.condition.guidance,
+            "scale": plan.condition.scale,
+            "label": plan.condition.label,
+            "seed": options.seed,
+            "samples": len(drawn.x),
+            "event_shape": list(subject.event_shape),
+            "data_range": scaling,
+            "files": list(files),
+            "environment": environment(plan.machine.device),
+        }
+    )
+    return manifest
