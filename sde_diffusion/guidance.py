@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.broadcast import expand
-from sde_diffusion.errors import require_finite
+from sde_diffusion.errors import require_between, require_finite
 from sde_diffusion.parametrization import (
     Model,
     batch_of_labels,
     bind,
     check_label,
-    select_labels,
+    part_of,
 )
 from sde_diffusion.prediction import Prediction, ScoreFn, cost_of, select
 from sde_diffusion.sde import NoiseLevel
@@ -49,10 +49,19 @@ def classifier_guided(
     if label is None:
         raise ValueError("label=None: classifier guidance needs a class to guide towards")
     check_label(classifier, label)
-    if isinstance(scale, Tensor):
-        return _ClassifierGuided(score_fn, classifier, label, scale)
-    require_finite("scale", scale)
-    return score_fn if scale == 0 else _ClassifierGuided(score_fn, classifier, label, scale)
+    _check_scale(scale)
+    if not isinstance(scale, Tensor) and scale == 0:
+        return score_fn
+    return _ClassifierGuided(score_fn, classifier, label, scale)
+
+
+def _check_scale(scale: float | Tensor) -> None:
+    if not isinstance(scale, Tensor):
+        require_finite("scale", scale)
+    elif scale.ndim > 1:
+        raise ValueError(f"scale must be a number, 0-d or (B,), got shape {tuple(scale.shape)}")
+    elif not bool(scale.isfinite().all()):
+        raise ValueError(f"scale must be finite, got {scale.tolist()}")
 
 
 def classifier_gradient(
@@ -61,14 +70,19 @@ def classifier_gradient(
     """``grad_x log p(label | x_t)``, of ``x``'s shape."""
     differentiable = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
-        if not differentiable:
-            x = x.clone() if x.is_inference() else x.detach()
-            level = level.map(lambda field: field.clone() if field.is_inference() else field)
-        inputs = x if x.requires_grad else x.detach().requires_grad_()  # not the caller's
-        log_probs = torch.log_softmax(classifier(inputs, level), dim=1)
-        chosen = log_probs.gather(1, batch_of_labels(label, x)[:, None])
-        (gradient,) = torch.autograd.grad(chosen.sum(), inputs, create_graph=differentiable)
+        # Tensors made under inference_mode may not take part in a gradient; their copies may.
+        x, level = _usable(x), level.map(_usable)
+        if not differentiable or not x.requires_grad:
+            x = x.detach().requires_grad_()
+        log_probs = torch.log_softmax(classifier(x, level), dim=1)
+        labels = _usable(batch_of_labels(label, x))
+        chosen = log_probs.gather(1, labels[:, None])
+        (gradient,) = torch.autograd.grad(chosen.sum(), x, create_graph=differentiable)
     return gradient
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 class _ClassifierGuided:
@@ -89,13 +103,8 @@ class _ClassifierGuided:
         return Prediction.from_eps(x, level, self.score_fn(x, level).eps - weight * gradient)
 
     def select(self, indices: Tensor) -> _ClassifierGuided:
-        label = select_labels(self.label, indices)
-        scale = (
-            self.scale[indices]
-            if isinstance(self.scale, Tensor) and self.scale.ndim
-            else self.scale
-        )
-        return _ClassifierGuided(select(self.score_fn, indices), self.classifier, label, scale)  # type: ignore[arg-type]
+        label, scale = part_of(self.label, indices), part_of(self.scale, indices)
+        return _ClassifierGuided(select(self.score_fn, indices), self.classifier, label, scale)
 
 
 def classifier_free_guided(
@@ -126,19 +135,27 @@ def classifier_free_guided(
     if label is None:
         raise ValueError("label=None: classifier-free guidance needs a class to guide towards")
     check_label(model, label)
-    if interval is not None and not 0 <= interval[0] < interval[1]:
-        raise ValueError(
-            f"interval must be (low, high) in sigma/alpha with 0 <= low < high, got {interval!r}"
-        )
-    if not 0 <= rescale <= 1:
-        raise ValueError(f"rescale must lie in [0, 1], got {rescale!r}")
+    if interval is not None:
+        _check_interval(interval)
+    require_between("rescale", rescale, 0, 1)
+    _check_scale(scale)
     if not isinstance(scale, Tensor):
-        require_finite("scale", scale)
         if scale == 1:
             return bind(model, label)
         if scale == 0 and interval is None and rescale == 0:
             return bind(model, None)
     return _ClassifierFreeGuided(model, label, scale, interval, rescale)
+
+
+def _check_interval(interval: tuple[float, float]) -> None:
+    message = f"interval must be (low, high) in sigma/alpha with 0 <= low < high, got {interval!r}"
+    try:
+        low, high = interval
+        ordered = 0 <= low < high
+    except (TypeError, ValueError):
+        raise ValueError(message) from None
+    if not ordered:
+        raise ValueError(message)
 
 
 class _ClassifierFreeGuided:
@@ -173,13 +190,8 @@ class _ClassifierFreeGuided:
         return Prediction.from_x0(x, level, _rescaled(prediction.x0, reference, self.rescale))
 
     def select(self, indices: Tensor) -> _ClassifierFreeGuided:
-        label = select_labels(self.label, indices)
-        scale = (
-            self.scale[indices]
-            if isinstance(self.scale, Tensor) and self.scale.ndim
-            else self.scale
-        )
-        return _ClassifierFreeGuided(self.model, label, scale, self.interval, self.rescale)  # type: ignore[arg-type]
+        label, scale = part_of(self.label, indices), part_of(self.scale, indices)
+        return _ClassifierFreeGuided(self.model, label, scale, self.interval, self.rescale)
 
     def _known_outside(self, level: NoiseLevel) -> bool:
         """Whether the level lies outside the interval, as far as the host can tell without a

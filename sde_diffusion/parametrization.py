@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from sde_diffusion.sde import SDE, NoiseLevel
 Label = int | Tensor | None
 TimeLabel = Callable[[NoiseLevel], Tensor]
 Model = Callable[..., Prediction]
+Value = TypeVar("Value")
 
 
 def continuous_time(level: NoiseLevel) -> Tensor:
@@ -106,6 +107,8 @@ class ParametrizedModel(nn.Module, ABC):
 def batch_of_labels(label: int | Tensor, x: Tensor) -> Tensor:
     """``label`` as ``(B,)`` long on ``x``'s device."""
     if isinstance(label, Tensor):
+        if label.ndim == 1 and len(label) != len(x):
+            raise ValueError(f"label must have one entry per sample, {len(x)}, got {len(label)}")
         return label.to(device=x.device, dtype=torch.long).expand(len(x))
     return torch.full((len(x),), label, dtype=torch.long, device=x.device)
 
@@ -194,7 +197,7 @@ def check_label(model: object, label: Label) -> None:
     if label is None:
         return
     if isinstance(label, Tensor):
-        if label.is_floating_point() or label.is_complex() or label.ndim > 1:
+        if label.is_floating_point() or label.is_complex() or label.ndim > 1 or not label.numel():
             raise ValueError(
                 "label must be an int or a 1-d integer tensor, got "
                 f"{label.dtype} {tuple(label.shape)}"
@@ -231,14 +234,14 @@ class _Bound:
         return self.model(x, level, self.label)
 
     def select(self, indices: Tensor) -> _Bound:
-        return _Bound(self.model, select_labels(self.label, indices))
+        return _Bound(self.model, part_of(self.label, indices))
 
 
-def select_labels(label: Label, indices: Tensor) -> Label:
-    """The labels of a part of the batch; one label for all stays as it is."""
-    if isinstance(label, Tensor) and label.ndim == 1:
-        return label[indices.to(label.device)]
-    return label
+def part_of(value: Value, indices: Tensor) -> Value:
+    """A label or scale for a part of the batch: ``(B,)`` values are picked, one for all stays."""
+    if isinstance(value, Tensor) and value.ndim == 1:
+        return cast(Value, value[indices.to(value.device)])
+    return value
 
 
 def bind(model: Model, label: Label) -> ScoreFn:

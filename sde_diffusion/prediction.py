@@ -33,6 +33,8 @@ class Prediction:
         v: Tensor | None = None,
     ) -> None:
         """For the ``from_`` methods below, which each give one of the four forms."""
+        if eps is None and x0 is None and score is None and v is None:
+            raise TypeError("a Prediction is made by from_x0, from_eps, from_score or from_v")
         self.x = x
         self.level = level
         self._x0 = x0

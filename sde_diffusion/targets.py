@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sde_diffusion.broadcast import expand
 from sde_diffusion.errors import require_count
-from sde_diffusion.parametrization import Label, batch_of_labels, check_label, select_labels
+from sde_diffusion.parametrization import Label, batch_of_labels, check_label, part_of
 from sde_diffusion.prediction import Prediction, ScoreFn
 from sde_diffusion.sde import SDE, NoiseLevel
 
@@ -168,7 +168,8 @@ class GaussianMixture:
 
     def _parameters(self, device: torch.device) -> _Parameters:
         if device not in self._on_device:
-            self._on_device[device] = _Parameters(self, device)
+            with torch.inference_mode(False):
+                self._on_device[device] = _Parameters(self, device)
         return self._on_device[device]
 
     def _covariances(self) -> Tensor:
@@ -214,7 +215,7 @@ class _ExactScore:
         return self.mixture.predict(x, level, label)
 
     def select(self, indices: Tensor) -> _ExactScore:
-        return _ExactScore(self.mixture, select_labels(self.label, indices))  # type: ignore[arg-type]
+        return _ExactScore(self.mixture, part_of(self.label, indices))
 
 
 class ExactModel:
@@ -249,7 +250,9 @@ class ExactClassifier:
 
 
 def _finite(name: str, value: Tensor) -> Tensor:
-    value = torch.as_tensor(value).detach().cpu().double()
+    # Cloned so that a tensor made under inference_mode can take part in a classifier's gradient.
+    with torch.inference_mode(False):
+        value = torch.as_tensor(value).detach().clone().cpu().double()
     if not bool(value.isfinite().all()):
         raise ValueError(f"{name} must be finite, got {value.tolist()}")
     return value

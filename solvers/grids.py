@@ -58,7 +58,8 @@ def table(sde: SDE, steps: int) -> Tensor:
         raise ValueError(
             f"grid 'table' needs an SDE with times of its own (TabulatedVPSDE), got {sde!r}"
         )
-    own = own[(own >= sde.t_min * (1 - 1e-12)) & (own <= sde.t_max)]
+    inner = own[(own > sde.t_min * (1 + 1e-12)) & (own < sde.t_max * (1 - 1e-12))]
+    own = torch.cat([own.new_tensor([sde.t_min]), inner, own.new_tensor([sde.t_max])])
     if steps >= len(own):
         return time(sde, steps)
     chosen = torch.linspace(len(own) - 1, 0, steps + 1, dtype=torch.float64).round().long()
@@ -135,7 +136,7 @@ def _checked(times: Tensor, sde: SDE) -> Tensor:
                 f"grid[{index}] must be a finite time above 0, got {t!r}: "
                 f"grids end at t_min={sde.t_min:g}"
             )
-        if t > sde.t_max * (1 + 1e-9):
+        if t > sde.t_max * (1 + 1e-6):  # a float32 time may round up
             raise ValueError(f"grid[{index}]={t!r} lies beyond t_max={sde.t_max!r}")
     rising = (times.diff() >= 0).nonzero()
     if len(rising):

@@ -28,6 +28,7 @@ _PRIOR_INDEX = -1
 _LOW_32 = 0xFFFFFFFF
 _LOOK_AHEAD_ELEMENTS = 1 << 14
 _LOOK_AHEAD_STEPS = 64
+_SLACK = 1e-6  # of half_log_snr: what a float32 time is off by
 
 
 class Noise(ABC):
@@ -186,6 +187,13 @@ class BrownianPath(Noise):
         if slot != 0:
             return self._counter(x, step, slot)
         start, end = (float(level.half_log_snr) for level in (step.start, step.end))
+        low, high = self._range
+        if start < low - _SLACK or end > high + _SLACK:
+            raise ValueError(
+                f"noise is a path from t_max={self.sde.t_max:g} to t_min={self.sde.t_min:g}; "
+                f"step {step.index} leaves it, from t={float(step.start.t):g} to "
+                f"{float(step.end.t):g}"
+            )
         increment = self._value(x, start) - self._value(x, end)
         return (increment / math.sqrt(math.exp(-2 * start) - math.exp(-2 * end))).to(x.dtype)
 

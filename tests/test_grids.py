@@ -133,7 +133,6 @@ def test_more_steps_than_the_table_has_are_uniform_in_t(steps: int) -> None:
     assert (times[0].item(), times[-1].item()) == (1.0, 0.05)
 
 
-@pytest.mark.xfail(reason="ends at the nearest table times instead of t_max and t_min", strict=True)
 def test_table_grid_ends_at_the_sdes_ends_even_between_table_times() -> None:
     sde = TabulatedVPSDE.from_betas(SHORT_BETAS, t_min=0.01, t_max=0.93)
     for steps in (1, 5, 17):

@@ -416,14 +416,12 @@ def in_inference_mode() -> Tensor:
         return classifier_guided(SCORE, CLASSIFIER, labels)(x, level).score
 
 
-@pytest.mark.xfail(reason="inference-mode labels reach autograd's gather", strict=True)
 def test_labels_made_in_inference_mode() -> None:
     expected = classifier_guided(SCORE, CLASSIFIER, torch.tensor([0, 1]))
     found = in_inference_mode()
     assert_scores_agree(found, expected(torch.zeros(2, 2), VP.at(0.3)).score)
 
 
-@pytest.mark.xfail(reason="only numbers and pairs are checked at construction", strict=True)
 @pytest.mark.parametrize(
     "make, message",
     [

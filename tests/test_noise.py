@@ -366,7 +366,6 @@ def test_other_seeds_and_ids_have_other_paths() -> None:
     assert abs(correlation(one[1:], one[:-1])) < 5
 
 
-@pytest.mark.xfail(reason="a step below t_min gets no noise there, silently", strict=True)
 def test_steps_below_t_min_get_noise_or_an_error() -> None:
     sde = VPSDE()
     try:

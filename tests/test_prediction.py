@@ -28,7 +28,7 @@ from sde_diffusion import (
     scaled_time,
     table_index,
 )
-from sde_diffusion.parametrization import ParametrizedModel, select_labels
+from sde_diffusion.parametrization import ParametrizedModel, part_of
 from sde_diffusion.prediction import cost_of, select
 from tests.problems import SDES, SHORT_BETAS, inner_times
 
@@ -369,7 +369,7 @@ def test_selecting_part_of_the_batch_selects_its_labels() -> None:
     assert model.net.calls[-1][2].tolist() == [2, 2]  # type: ignore[index,union-attr]
     select(bind(model, None), chosen)(x, level)
     assert model.net.calls[-1][2].tolist() == [4, 4]  # type: ignore[index,union-attr]
-    assert select_labels(torch.tensor(1), chosen) == 1
+    assert part_of(torch.tensor(1), chosen) == 1
 
     def plain(x: Tensor, level: NoiseLevel) -> Prediction:
         return Prediction.from_eps(x, level, x)
