@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sde_diffusion.errors import require_count
+from sde_diffusion.errors import NonFiniteError, require_count
 from sde_diffusion.prediction import ScoreFn
 from sde_diffusion.sde import SDE
 from solvers import grids
@@ -156,6 +156,13 @@ def _denoised(solution: Solution, score_fn: CountedScoreFn, sde: SDE) -> Solutio
     x = solution.x
     level = sde.at(solution.times[-1]).map(lambda field: field.to(x.device))
     denoised = score_fn(x, level).x0
+    if not bool(denoised.isfinite().all()):
+        at = solution.times[-1].item()
+        raise NonFiniteError(
+            f"score_fn returned NaN or infinity in the final denoise, t = {at:.6g}",
+            len(solution.times) - 1,
+            at,
+        )
     return replace(
         solution,
         x=denoised,
