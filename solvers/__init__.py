@@ -6,6 +6,7 @@ Every class in ``solvers.methods`` and ``solvers.adapters`` is importable from h
 from typing import Any
 
 from solvers import grids
+from solvers.adaptive import Adaptive
 from solvers.base import Corrector, Integrator, Solver, Step, Stepped, make_steps
 from solvers.catalogue import catalogue
 from solvers.noise import BrownianPath, CounterNoise, Noise, RecordedNoise
@@ -14,6 +15,7 @@ from solvers.sample import sample
 from solvers.solution import Solution
 
 __all__ = [
+    "Adaptive",
     "BrownianPath",
     "Corrector",
     "CounterNoise",

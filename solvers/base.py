@@ -31,6 +31,8 @@ The rules:
 * Noise comes from ``noise(x, step, slot)`` alone: standard normal, of ``x``'s shape; a second
   independent draw in the same step takes another slot.
 * Nothing may couple the samples of a batch: no norm, mean or maximum over the batch dimension.
+* A method with an error estimate returns it in ``Stepped.error`` and declares its ``error_order``:
+  ``Adaptive`` can then choose its steps, with levels and coefficients of ``(B,)``.
 * Settings are checked in ``__post_init__``; ``step`` raises nothing and never waits for the device.
 """
 
@@ -73,8 +75,13 @@ class Step(NamedTuple):
 
 
 class Stepped(NamedTuple):
-    """Result of a step: the state at ``step.end``, what the solver carries on, and its error
-    estimate."""
+    """Result of a step.
+
+    Attributes:
+        x: the state at ``step.end``.
+        state: what the solver carries on from there.
+        error: estimate of the step's error in ``x``, of its shape, where the solver makes one.
+    """
 
     x: Tensor
     state: State
@@ -95,9 +102,24 @@ class Solver(ABC):
     def stochastic(self) -> bool:
         """Whether ``step`` draws noise."""
 
+    @property
+    def error_order(self) -> float | None:
+        """The power of the step with which ``Stepped.error`` shrinks; ``None`` without one."""
+        return None
+
     def init(self, x: Tensor) -> State:
         """What the solver carries from step to step, before the first."""
         return ()
+
+    def retried(self, before: State, after: State) -> State:
+        """The state for a shorter step from the same ``x``, where the one that led from ``before``
+        to ``after`` is rejected: of the structure of ``after``, tensors of ``(B, ...)``."""
+        return before
+
+    def moved(self, state: State) -> State:
+        """The state after something else has moved ``x``: less what was evaluated at the old
+        one."""
+        return state
 
     def stages(self, sde: SDE, start: NoiseLevel, end: NoiseLevel) -> tuple[NoiseLevel, ...]:
         """The levels inside a step at which the score will be evaluated; fields as those of

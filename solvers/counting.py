@@ -38,6 +38,10 @@ class CountedScoreFn:
         self.nfe += 1
         self.network_passes += self._cost if self._cost_at is None else self._cost_at(level)
 
+    def apart(self) -> CountedScoreFn:
+        """The same score function with counts of its own."""
+        return CountedScoreFn(self.score_fn)
+
     def select(self, indices: Tensor) -> CountedScoreFn:
         """The score function of a part of the batch, with counts of its own."""
         return CountedScoreFn(select(self.score_fn, indices))

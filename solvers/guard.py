@@ -65,13 +65,30 @@ class FiniteGuard:
         raise NonFiniteError(f"{what} at step {step.index}, t = {time:.6g}", step.index, time)
 
 
+def explain(
+    solver: Solver, score_fn: ScoreFn, x: Tensor, step: Step, state: State, noise: Noise
+) -> NonFiniteError:
+    """Replay a step that did not come out finite and say where that began."""
+    checked = _Checked(score_fn)
+    solver.step(checked, x, step, state, noise)
+    what = "score_fn returned NaN or infinity" if checked.failed else "the state became infinite"
+    time = checked.time if checked.failed else step.start.t.max().item()
+    return NonFiniteError(f"{what} at step {step.index}, t = {time:.6g}", step.index, time)
+
+
 class _Checked:
+    """Notes whether, and at which time first, the score of a finite state is not finite."""
+
     def __init__(self, score_fn: ScoreFn) -> None:
         self._score_fn = score_fn
         self.failed = False
+        self.time = 0.0
 
     def __call__(self, x: Tensor, level: NoiseLevel) -> Prediction:
         prediction = self._score_fn(x, level)
-        if bool(x.isfinite().all()) and not bool(prediction.eps.isfinite().all()):
+        if self.failed or not bool(x.isfinite().all()):
+            return prediction
+        if not bool(prediction.eps.isfinite().all()):
             self.failed = True
+            self.time = level.t.max().item()
         return prediction

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sde_diffusion.broadcast import expand
 from sde_diffusion.errors import require_count
 from sde_diffusion.sde import SDE
 from solvers.base import Step
@@ -25,6 +26,7 @@ _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 _SLOT = 0xD1342543DE82EF95  # an odd multiplier that keeps slots apart from step indices
 _PRIOR_INDEX = -1
+AREA = -1  # the slot of a step's space-time area
 _LOW_32 = 0xFFFFFFFF
 _LOOK_AHEAD_ELEMENTS = 1 << 14
 _LOOK_AHEAD_STEPS = 64
@@ -32,7 +34,12 @@ _SLACK = 1e-6  # of half_log_snr: what a float32 time is off by
 
 
 class Noise(ABC):
-    """A source of noise, called ``noise(x, step, slot)``."""
+    """A source of noise, called ``noise(x, step, slot)``.
+
+    Slot 0 is the increment of the driving motion over the step, slot ``AREA`` its space-time area
+    ``1/h int_0^h B dt - B_h / 2``, over its standard deviation ``sqrt(h / 12)``: independent of the
+    increment (Foster, Lyons & Oberhauser 2020, arXiv:1904.01861, def. 3.5).
+    """
 
     @abstractmethod
     def __call__(self, x: Tensor, step: Step, slot: int = 0) -> Tensor:
@@ -89,15 +96,23 @@ class CounterNoise(Noise):
             self._blocks[slot] = block
         return block.values[index - block.first]
 
+    def normal_at(self, x: Tensor, places: Tensor, slot: int) -> Tensor:
+        """Standard normal like ``x`` where each sample has its own index: ``(B,)`` long."""
+        return self._at(x, places[None], slot)[0]
+
     def _draw(self, x: Tensor, index: int, ahead: int, slot: int) -> Tensor:
         """``(ahead, B, *event)`` normals for steps ``index ..``."""
+        return self._at(x, torch.arange(index, index + ahead, device=x.device)[:, None], slot)
+
+    def _at(self, x: Tensor, place: Tensor, slot: int) -> Tensor:
+        """``(n, B, *event)`` normals for places ``(n, 1)``, or ``(n, B)``: one per sample."""
         if x.dtype.itemsize < 4:  # 32-bit uniforms overflow a half-precision type
-            return self._draw(x.float(), index, ahead, slot).to(x.dtype)
+            return self._at(x.float(), place, slot).to(x.dtype)
+        ahead = len(place)
         samples, event = len(x), math.prod(x.shape[1:])
         pairs = (event + 1) // 2
-        place = torch.arange(index, index + ahead, device=x.device)
-        place = place.mul_(_signed(_GOLDEN)).add_(_signed(slot * _SLOT + _MIX_1))
-        keys = _mix(_mix(place)[:, None] + self._sample_keys(x))
+        place = place * _signed(_GOLDEN) + _signed(slot * _SLOT + _MIX_1)
+        keys = _mix(_mix(place) + self._sample_keys(x))
         counter = torch.arange(1, pairs + 1, device=x.device).mul_(_signed(_GOLDEN))
         bits = _mix_rounds(keys[:, :, None] + counter)
         # The two halves of splitmix64's output; the upper one, read with its sign, is the angle.
@@ -162,10 +177,11 @@ class BrownianPath(Noise):
     """Increments of one Brownian path per sample, the same path whatever grid it is asked on.
 
     In ``y = x / alpha`` every linear SDE is driven by one Brownian motion whose clock is
-    ``(sigma / alpha)^2``. A step gets that motion's increment over the step, normalised. The path
-    is a virtual Brownian tree (Li et al. 2020, arXiv:2001.01328, sec. 4) over ``half_log_snr``:
-    bridged at dyadic points down to ``depth`` halvings, linear in the clock below. Slots other than
-    0 are independent of it.
+    ``(sigma / alpha)^2``. A step gets that motion's increment over the step, normalised, or
+    its space-time area. The path is a virtual Brownian tree (Li et al. 2020, arXiv:2001.01328, sec.
+    4) over ``half_log_snr``, of increments and areas (Jelincic, Foster & Kidger 2024,
+    arXiv:2405.06464): bridged at dyadic points down to ``depth`` halvings, a parabola in the clock
+    below. Slots from 1 on are independent of it. Levels may be 0-d or ``(B,)``.
 
     For measuring strong order, and wherever steps are refined; it waits for the device at each
     step.
@@ -181,21 +197,36 @@ class BrownianPath(Noise):
         self.sde = sde
         self.depth = require_count("depth", depth)
         self._counter = CounterNoise(seed, sample_ids)
+        self._last: tuple[Step, Tensor, Tensor] | None = None
         self._range = tuple(sde.at(float(t)).half_log_snr.item() for t in (sde.t_max, sde.t_min))
 
     def __call__(self, x: Tensor, step: Step, slot: int = 0) -> Tensor:
-        if slot != 0:
+        if slot not in (0, AREA):
             return self._counter(x, step, slot)
-        start, end = (float(level.half_log_snr) for level in (step.start, step.end))
+        last = self._last
+        if last is None or last[0] is not step or last[1].shape != x.shape:
+            last = self._last = (step, *self._increment_and_area(x, step))
+        return (last[1] if slot == 0 else last[2]).to(x.dtype)
+
+    def _increment_and_area(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Both normalised, seen from ``step.start``: time runs towards the cleaner end."""
+        wide = x.double()
+        start, end = (
+            level.half_log_snr.to(wide).expand(len(x)) for level in (step.start, step.end)
+        )
         low, high = self._range
-        if start < low - _SLACK or end > high + _SLACK:
+        if bool(((start < low - _SLACK) | (end > high + _SLACK)).any()):
             raise ValueError(
                 f"noise is a path from t_max={self.sde.t_max:g} to t_min={self.sde.t_min:g}; "
-                f"step {step.index} leaves it, from t={float(step.start.t):g} to "
-                f"{float(step.end.t):g}"
+                f"step {step.index} leaves it, from t={float(step.start.t.max()):g} to "
+                f"{float(step.end.t.min()):g}"
             )
-        increment = self._value(x, start) - self._value(x, end)
-        return (increment / math.sqrt(math.exp(-2 * start) - math.exp(-2 * end))).to(x.dtype)
+        value, integral = self._value(wide, start)
+        value_end, integral_end = self._value(wide, end)
+        width = expand(torch.exp(-2 * start) - torch.exp(-2 * end), wide)
+        increment = value - value_end
+        area = 0.5 * increment - ((integral - integral_end) / width - value_end)
+        return increment / width.sqrt(), area / (width / 12).sqrt()
 
     def prior(self, x: Tensor) -> Tensor:
         return self._counter.prior(x)
@@ -205,38 +236,59 @@ class BrownianPath(Noise):
             self.sde, self._counter.seed, self._counter.select(indices).sample_ids, self.depth
         )
 
-    def _value(self, x: Tensor, half_log_snr: float) -> Tensor:
-        """The path at a level, above its value at ``t_min``; float64 inside, for differences of
-        near points."""
-        wide = x.double()
-        low, high = self._range
-        clock_low, clock_high = math.exp(-2 * low), math.exp(-2 * high)
-        # Node numbers of the binary tree serve as step indices; slot 0 of the counter is the tree's
-        # alone.
-        at_low = math.sqrt(clock_low - clock_high) * self._counter.normal(wide, 1, 0)
-        at_high = torch.zeros_like(wide)
-        node = 1
+    def _value(self, wide: Tensor, half_log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        """The path at levels ``(B,)``, above its value at ``t_min``, and its integral over the
+        clock from there; float64, for differences of near points."""
+        low, high = (torch.full_like(half_log_snr, end) for end in self._range)
+        node = torch.ones_like(half_log_snr, dtype=torch.long)
+        left, right = torch.exp(-2 * high), torch.exp(-2 * low)  # of the clock
+        width = expand(right - left, wide)
+        increment = width.sqrt() * self._counter.normal_at(wide, node, 0)
+        area = (width / 12).sqrt() * self._counter.normal_at(wide, node, AREA)
+        value, integral = torch.zeros_like(wide), torch.zeros_like(wide)  # at the left end
         for _ in range(self.depth):
-            if half_log_snr <= low:
-                return at_low
-            if half_log_snr >= high:
-                return at_high
             middle = 0.5 * (low + high)
-            clock_middle = math.exp(-2 * middle)
-            weight = (clock_middle - clock_high) / (clock_low - clock_high)
-            spread = math.sqrt((clock_low - clock_middle) * weight)
-            node *= 2
-            at_middle = torch.lerp(at_high, at_low, weight) + spread * self._bridge(wide, node)
-            if half_log_snr < middle:
-                high, clock_high, at_high = middle, clock_middle, at_middle
-            else:
-                low, clock_low, at_low = middle, clock_middle, at_middle
-                node += 1
-        weight = (math.exp(-2 * half_log_snr) - clock_high) / (clock_low - clock_high)
-        return torch.lerp(at_high, at_low, min(1.0, max(0.0, weight)))
+            clock = torch.exp(-2 * middle)
+            a, b = expand(clock - left, wide), expand(right - clock, wide)
+            node = 2 * node
+            first = self._bridged(wide, node, a, b, increment, area)
+            upper = half_log_snr < middle
+            goes = upper.reshape(upper.shape + (1,) * (wide.ndim - 1))
+            rest = increment - first[0]
+            # The integral over the whole is that over both parts.
+            whole = (a + b) * area - a * first[1] + 0.5 * (a * increment - (a + b) * first[0])
+            new_integral = integral + a * (value + first[1] + 0.5 * first[0])
+            integral = torch.where(goes, new_integral, integral)
+            value = torch.where(goes, value + first[0], value)
+            increment = torch.where(goes, rest, first[0])
+            area = torch.where(goes, whole / b, first[1])
+            left, right = torch.where(upper, clock, left), torch.where(upper, right, clock)
+            low, high = torch.where(upper, low, middle), torch.where(upper, middle, high)
+            node = node + ~upper
+        place = torch.exp(-2 * half_log_snr).clamp(left, right)
+        a, b = expand(place - left, wide), expand(right - place, wide)
+        share = a / (a + b)
+        part = share * increment + 6 * share * (1 - share) * area
+        integral = integral + a * (value + share**2 * area + 0.5 * part)
+        return value + part, integral
 
-    def _bridge(self, wide: Tensor, node: int) -> Tensor:
-        return self._counter.normal(wide, node, 0)
+    def _bridged(
+        self, wide: Tensor, node: Tensor, a: Tensor, b: Tensor, increment: Tensor, area: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Increment and area over the first ``a`` of ``a + b``, given those over the whole.
+
+        Their means are ``a/h W + 6 a b/h^2 H`` and ``(a/h)^2 H``; their covariance is ``[[a b (a^3
+        + b^3)/h^4, -a^3 b/(2 h^3)], [., a/12 (1 - a^3/h^3)]]``.
+        """
+        h = a + b
+        p, q = a / h, b / h
+        cubes = p**3 + q**3
+        z, other = (self._counter.normal_at(wide, node, slot) for slot in (0, AREA))
+        spread = (h * p * q * cubes).sqrt()
+        first = p * increment + 6 * p * q * area + spread * z
+        slope = -0.5 * h * p**3 * q / spread
+        left_over = h * (p / 12 * (1 - p**3) - 0.25 * p**5 * q / cubes)
+        return first, p**2 * area + slope * z + left_over.clamp_min(0).sqrt() * other
 
 
 class RecordedNoise(Noise):

@@ -1,60 +1,91 @@
-"""Strategies over a grid: which step comes next, and what becomes of its result."""
+"""Strategies over a grid: which steps are taken, and what becomes of their results."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from sde_diffusion.sde import SDE
-from solvers.base import Solver, State, Step, Stepped, make_steps
+from solvers.base import Solver, State, make_steps
+from solvers.compilation import compiled_step
+from solvers.counting import CountedScoreFn
+from solvers.guard import FiniteGuard
+from solvers.noise import CounterNoise, Noise
+from solvers.progress import Report, reporting
+from solvers.solution import Solution
 
 
-class Walk(ABC):
-    """One run of a plan."""
+@dataclass(frozen=True)
+class Run:
+    """What ``sample`` has checked and prepared, for a plan to carry out.
 
-    total: int  # steps expected, for progress
-    accepted: int
-    rejected: int
+    Attributes:
+        score_fn: counts its calls.
+        x: the state at ``times[0]``.
+        times: the grid, decreasing, float64 on the CPU.
+        stride: keep every ``stride``-th state; ``None`` for no trajectory.
+    """
 
-    @abstractmethod
-    def propose(self) -> Step | None:
-        """The step to try next; ``None`` at the end."""
-
-    @abstractmethod
-    def keep(self, x: Tensor, state: State, stepped: Stepped) -> tuple[Tensor, State]:
-        """The state to go on from, given the one before the proposed step and the step's result."""
+    score_fn: CountedScoreFn
+    sde: SDE
+    solver: Solver
+    x: Tensor
+    times: Tensor
+    noise: Noise
+    stride: int | None
+    compile: bool
+    progress: bool | Report
 
 
 class Plan(ABC):
     """A strategy over a grid."""
 
+    chooses_steps = False  # whether a run needs no ``steps``: of the grid it takes the two ends
+
+    def check(self, solver: Solver, trajectory: bool, compile: bool) -> None:  # noqa: B027
+        """Raise ``ValueError`` for what the plan cannot do, before any work."""
+
+    def noise(self, sde: SDE, stochastic: bool, seed: int, sample_ids: Tensor | None) -> Noise:
+        """The noise of a run for which the caller gives none."""
+        return CounterNoise(seed, sample_ids)
+
     @abstractmethod
-    def start(self, sde: SDE, solver: Solver, times: Tensor, x: Tensor) -> Walk:
-        """Prepare a run over ``times`` from ``x``."""
+    def run(self, run: Run) -> Solution:
+        """Carry ``run.x`` from ``run.times[0]`` to ``run.times[-1]``."""
 
 
 @dataclass(frozen=True)
 class FixedGrid(Plan):
     """Every step of the grid, once."""
 
-    def start(self, sde: SDE, solver: Solver, times: Tensor, x: Tensor) -> Walk:
-        return _FixedWalk(make_steps(sde, solver, times, x))
-
-
-class _FixedWalk(Walk):
-    rejected = 0
-
-    def __init__(self, steps: list[Step]) -> None:
-        self.total = len(steps)
-        self.accepted = 0
-        self._steps: Iterator[Step] = iter(steps)
-
-    def propose(self) -> Step | None:
-        return next(self._steps, None)
-
-    def keep(self, x: Tensor, state: State, stepped: Stepped) -> tuple[Tensor, State]:
-        self.accepted += 1
-        return stepped.x, stepped.state
+    def run(self, run: Run) -> Solution:
+        solver, score_fn, noise, stride = run.solver, run.score_fn, run.noise, run.stride
+        steps = make_steps(run.sde, solver, run.times, run.x)
+        compiled = compiled_step(solver, score_fn, noise) if run.compile else None
+        x, total = run.x, len(steps)
+        state: State = solver.init(x)
+        guard = FiniteGuard(solver, score_fn.score_fn, noise, x, state)
+        kept, kept_at = [x], [0]
+        with reporting(run.progress, total) as report:
+            for done, step in enumerate(steps, 1):
+                if compiled is None:
+                    stepped = solver.step(score_fn, x, step, state, noise)
+                else:
+                    stepped = compiled(x, step, state)
+                x, state = stepped.x, stepped.state
+                guard.watch(step, x, state)
+                if stride is not None and (done % stride == 0 or done == total):
+                    kept.append(x)
+                    kept_at.append(done)
+                if report is not None:
+                    report(done, total)
+        guard.finish(x)
+        solution = Solution(x, score_fn.nfe, score_fn.network_passes, run.times)
+        solution.stats.update(accepted=total, rejected=0)
+        if stride is not None:
+            solution.trajectory = torch.stack(kept)
+            solution.trajectory_times = run.times[kept_at]
+        return solution

@@ -13,13 +13,11 @@ from sde_diffusion.errors import NonFiniteError, require_count
 from sde_diffusion.prediction import ScoreFn
 from sde_diffusion.sde import SDE
 from solvers import grids
-from solvers.base import Integrator, Solver, State, Step
-from solvers.compilation import compiled_step
+from solvers.base import Integrator, Solver
 from solvers.counting import CountedScoreFn
-from solvers.guard import FiniteGuard
-from solvers.noise import CounterNoise, Noise
-from solvers.plans import FixedGrid, Plan
-from solvers.progress import Report, reporting
+from solvers.noise import Noise
+from solvers.plans import FixedGrid, Plan, Run
+from solvers.progress import Report
 from solvers.solution import Solution
 
 
@@ -52,13 +50,13 @@ def sample(
         shape: ``(B, *event)``: draw the initial state from the prior, by ``seed`` and
         ``sample_ids``.
         x: start from this state at the grid's first time instead; it keeps its dtype and device.
-        steps: number of steps, at least 1; an adaptive adapter needs none.
+        steps: number of steps, at least 1; ``Adaptive`` and an adaptive adapter need none.
         grid: a name from ``solvers.grids``, a callable ``(sde, steps) -> times``, or decreasing
             times; the SDE's default grid if not given.
         seed: of all randomness in the run, a whole number from 0.
         sample_ids: ``(B,)`` whole numbers; a sample is a function of ``seed`` and its id, whatever
             batch it is drawn in. ``0..B-1`` by default.
-        plan: the strategy over the grid; every step once by default.
+        plan: the strategy over the grid; every step once by default; ``Adaptive(rtol, atol)``.
         noise: another source of noise than ``CounterNoise(seed, sample_ids)``.
         denoise: finish with the estimate of x_0 at the last time (Tweedie; one more evaluation).
         trajectory: keep every state, or every ``trajectory``-th.
@@ -75,79 +73,36 @@ def sample(
     if not isinstance(solver, (Solver, Integrator)):
         hint = f": give an instance, {solver.__name__}()" if isinstance(solver, type) else ""
         raise TypeError(f"solver must be a Solver or an Integrator, got {solver!r}{hint}")
-    if isinstance(solver, Integrator) and solver.adaptive and steps is None and grid is None:
+    if isinstance(solver, Integrator):
+        _refuse_for_integrators(plan, compile, trajectory)
+        chooses_steps = solver.adaptive
+        plan = FixedGrid()
+    else:
+        plan = FixedGrid() if plan is None else plan
+        plan.check(solver, trajectory is not False, compile)
+        chooses_steps = plan.chooses_steps
+    if chooses_steps and steps is None and grid is None:
         grid = [float(sde.t_max), float(sde.t_min)]
     times = grids.resolve(grid, sde, steps)
     stride = _stride(trajectory)
     x, sample_ids = _initial(shape, x, sample_ids, dtype, device)
     if noise is None:
-        noise = CounterNoise(seed, sample_ids)
+        noise = plan.noise(sde, solver.stochastic, seed, sample_ids)
     if shape is not None:
         x = noise.prior(x) * sde.prior_std().to(device=x.device, dtype=x.dtype)
     counted = CountedScoreFn(score_fn)
     started = time.perf_counter()
     with torch.no_grad():
         if isinstance(solver, Integrator):
-            _refuse_for_integrators(plan, compile, trajectory)
             solution = solver.solve(counted, sde, x, times, noise)
         else:
-            solution = _run(
-                counted,
-                sde,
-                solver,
-                x,
-                times,
-                noise,
-                plan or FixedGrid(),
-                stride,
-                compile,
-                progress,
-            )
+            run = Run(counted, sde, solver, x, times, noise, stride, compile, progress)
+            solution = plan.run(run)
         if denoise:
             solution = _denoised(solution, counted, sde)
     if x.device.type == "cuda":
         torch.cuda.synchronize(x.device)
     solution.stats["seconds"] = time.perf_counter() - started
-    return solution
-
-
-def _run(
-    score_fn: CountedScoreFn,
-    sde: SDE,
-    solver: Solver,
-    x: Tensor,
-    times: Tensor,
-    noise: Noise,
-    plan: Plan,
-    stride: int | None,
-    compile: bool,
-    progress: bool | Report,
-) -> Solution:
-    walk = plan.start(sde, solver, times, x)
-    compiled = compiled_step(solver, score_fn, noise) if compile else None
-    state: State = solver.init(x)
-    guard = FiniteGuard(solver, score_fn.score_fn, noise, x, state)
-    kept, kept_at = [x], [0]
-    step: Step | None
-    with reporting(progress, walk.total) as report:
-        while (step := walk.propose()) is not None:
-            if compiled is None:
-                stepped = solver.step(score_fn, x, step, state, noise)
-            else:
-                stepped = compiled(x, step, state)
-            x, state = walk.keep(x, state, stepped)
-            guard.watch(step, x, state)
-            if stride is not None and (walk.accepted % stride == 0 or walk.accepted == walk.total):
-                kept.append(x)
-                kept_at.append(walk.accepted)
-            if report is not None:
-                report(walk.accepted, walk.total)
-    guard.finish(x)
-    solution = Solution(x, score_fn.nfe, score_fn.network_passes, times)
-    solution.stats.update(accepted=walk.accepted, rejected=walk.rejected)
-    if stride is not None:
-        solution.trajectory = torch.stack(kept)
-        solution.trajectory_times = times[kept_at]
     return solution
 
 

@@ -60,7 +60,7 @@ class PredictorCorrector(Solver):
         correcting = Step(step.index, step.start, step.end, step.stages, theirs)
         if self.first == "corrector":
             x = self.corrector.correct(score_fn, x, step.start, correcting, noise)
-            return self.predictor.step(score_fn, x, predicting, state, noise)
+            return self.predictor.step(score_fn, x, predicting, self.predictor.moved(state), noise)
         predicted = self.predictor.step(score_fn, x, predicting, state, noise)
         x = self.corrector.correct(score_fn, predicted.x, step.end, correcting, noise)
-        return Stepped(x, predicted.state, predicted.error)
+        return Stepped(x, self.predictor.moved(predicted.state))
