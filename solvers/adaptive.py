@@ -86,7 +86,7 @@ class Adaptive(Plan):
                 )
 
     def noise(self, sde: SDE, stochastic: bool, seed: int, sample_ids: Tensor | None) -> Noise:
-        kind = BrownianPath(sde, seed, sample_ids) if stochastic else None
+        kind = BrownianPath(sde, seed, sample_ids, depth=20) if stochastic else None
         return kind or CounterNoise(seed, sample_ids)
 
     def run(self, run: Run) -> Solution:
@@ -261,10 +261,10 @@ class _Walk:
     def _refuse_non_finite(self, step: Step) -> None:
         failed = self.active.non_finite >= _NON_FINITE_LIMIT
         if bool(failed.any()):
-            active = self.active
-            raise explain(
-                self._run.solver, self._score_fn, active.x, step, active.state, self._noise
-            )
+            active, solver = self.active, self._run.solver
+            # Less what was evaluated before: a slope that is not finite would pass for the state's.
+            state = solver.moved(active.state)
+            raise explain(solver, self._score_fn, active.x, step, state, self._noise)
 
     def _too_many(self) -> RuntimeError:
         active = self.active
