@@ -392,7 +392,7 @@ def test_noise_is_drawn_if_and_only_if_declared(sampler: str) -> None:
             return super().__call__(x, step, slot)
 
     sample(IsotropicScore(), sde, solver, shape=(2, 2), steps=5, noise=Watching(0))
-    assert {index for index, _ in drawn} == (set(range(5)) if solver.stochastic else set())
+    assert bool(drawn) == solver.stochastic
 
 
 @pytest.mark.parametrize("sampler", NATIVE)
