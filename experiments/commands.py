@@ -45,7 +45,7 @@ def run_steps(options: steps.StepsOptions) -> None:
         bar.now("picture")
         error_vs_steps(folder.path / steps.PICTURE, folder.rows, metric="error")
     console = make_console()
-    console.print(_slope_table(plan.subject.name, fitted))
+    console.print(_slope_table(plan.subject.name, options.grid, fitted))
     _wrote(console, folder.path, ["results.json", steps.PICTURE], started)
 
 
@@ -113,9 +113,9 @@ def run_train(
     console.print(f"next: sde-diffusion compare --model {path}", style="dim")
 
 
-def _slope_table(target: str, fitted: list[steps.Fitted]) -> Table:
+def _slope_table(target: str, grid: str, fitted: list[steps.Fitted]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    table.title = Text.assemble((target, "bold"), "  error against steps")
+    table.title = Text.assemble((target, "bold"), f"  error against steps, grid {grid}")
     table.title_justify = "left"
     counts = sorted({count for fit in fitted for count in fit.errors})
     shown = counts if len(counts) <= 5 else [counts[0], counts[len(counts) // 2], counts[-1]]

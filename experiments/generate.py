@@ -92,7 +92,7 @@ def make_plan(options: SampleOptions) -> SamplePlan:
         raise ValueError("--model and --target are two things to sample; give one of them")
     solver = parse_solver(options.solver)
     scales = () if options.scale is None else (options.scale,)
-    (condition,) = make_conditions((options.guidance,), scales, options.label)
+    make_conditions((options.guidance,), scales, options.label)
     machine = make_machine(options.device, options.batch_size)
     sdes = () if options.sde is None else (options.sde,)
     if options.model is None:
@@ -100,6 +100,7 @@ def make_plan(options: SampleOptions) -> SamplePlan:
         (subject,) = make_subjects(SubjectOptions((target,), (), sdes or ("vp",)))
     else:
         (subject,) = make_subjects(SubjectOptions((), (options.model,), sdes))
+    (condition,) = make_conditions((options.guidance,), scales, options.label, subject.unguided)
     subject.check(condition)
     (sde,) = subject.sdes
     if options.grid is not None:
