@@ -115,7 +115,7 @@ class Solver(ABC):
 
     def coefficients_of(self, step: Step, x: Tensor) -> Coefficients:
         """The step's coefficients, each ready to multiply ``x``."""
-        return step.coefficients or _expanded(self.coefficients(step), x)
+        return step.coefficients or expanded(self.coefficients(step), x)
 
 
 class Corrector(ABC):
@@ -128,7 +128,7 @@ class Corrector(ABC):
 
     def coefficients_of(self, step: Step, level: NoiseLevel, x: Tensor) -> Coefficients:
         """The coefficients that ``step`` carries for this corrector, ready to multiply ``x``."""
-        return step.coefficients or _expanded(self.coefficients(step, level), x)
+        return step.coefficients or expanded(self.coefficients(step, level), x)
 
     @abstractmethod
     def correct(
@@ -209,7 +209,8 @@ def _rows(coefficients: Coefficients, x: Tensor, count: int) -> list[Coefficient
     return list(zip(*columns, strict=True))
 
 
-def _expanded(coefficients: Coefficients, x: Tensor) -> Coefficients:
+def expanded(coefficients: Coefficients, x: Tensor) -> Coefficients:
+    """Coefficients ready to multiply ``x``."""
     return tuple(
-        _expanded(c, x) if isinstance(c, tuple) else expand(c, x).to(x.dtype) for c in coefficients
+        expanded(c, x) if isinstance(c, tuple) else expand(c, x).to(x.dtype) for c in coefficients
     )
