@@ -519,6 +519,12 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"shape": (3, 2), "trajectory": -2}, ValueError, "trajectory must be at least 1"),
     ({"shape": (3, 2), "solver": EulerMaruyama}, TypeError, r"instance, EulerMaruyama\(\)"),
     ({"shape": (3, 2), "solver": "ddim"}, TypeError, "solver must be a Solver .* 'ddim'"),
+    ({"shape": 3}, TypeError, r"shape must be a sequence \(B, \*event\), got 3"),
+    ({"shape": (3, 2), "plan": "adaptive"}, TypeError, "plan must be a Plan, got 'adaptive'"),
+    ({"shape": (3, 2), "noise": torch.randn}, TypeError, "noise must be a Noise, got"),
+    ({"shape": (3, 2), "sde": VPSDE}, TypeError, r"sde must be an SDE.*instance, VPSDE\(\)"),
+    ({"shape": (3, 2), "sde": "vp"}, TypeError, "sde must be an SDE, got 'vp'"),
+    ({"shape": (3, 2), "score_fn": None}, TypeError, "score_fn must be callable.*got None"),
     ({"shape": (3, 2), "solver": Langevin()}, TypeError, "solver must be a Solver .* Langevin"),
 ]
 
@@ -528,16 +534,27 @@ def test_refused_before_any_work(
     options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     counting = Counting(IsotropicScore())
-    given = {"solver": DDIM(), "steps": 4, **options}
-    solver = given.pop("solver")
+    given = {"score_fn": counting, "sde": VPSDE(), "solver": DDIM(), "steps": 4, **options}
     with pytest.raises(error, match=message):
-        sample(counting, VPSDE(), solver, **given)
+        sample(**given)
     assert counting.calls == 0
 
 
 def test_a_network_that_was_not_wrapped() -> None:
     with pytest.raises(TypeError, match="score_fn must return a Prediction, got Tensor: wrap"):
         sample(lambda x, level: x, VPSDE(), DDIM(), shape=(2, 2), steps=3)  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize("form", ["x0", "eps", "score", "v"])
+@pytest.mark.parametrize("index", [(slice(None), 0), (slice(None), slice(1)), (slice(2),)])
+def test_a_prediction_that_would_be_broadcast(form: str, index: Any) -> None:
+    """``(B,)`` and ``(B, 1)`` fit arithmetic with ``(B, D)``, and the samples would be wrong."""
+
+    def score_fn(x: Tensor, level: NoiseLevel) -> Prediction:
+        return getattr(Prediction, f"from_{form}")(x, level, x[index])
+
+    with pytest.raises(ValueError, match=r"prediction of shape .* for x of shape \(3, 3\)"):
+        sample(score_fn, VPSDE(), DDIM(), shape=(3, 3), steps=3)
 
 
 def test_a_state_of_a_shape_that_the_target_does_not_have() -> None:
