@@ -16,9 +16,10 @@ from experiments.galleries import draw_pictures
 from experiments.plots import error_vs_steps
 from experiments.progress import ProgressBar
 from experiments.tables import comparison_tables, legend, make_console
-from sde_diffusion import named_sde
+from sde_diffusion import SDES, named_sde
 from sde_diffusion.checkpoints import describe
 from sde_diffusion.data import load_data
+from sde_diffusion.errors import require_count, unknown_name
 
 
 def run_compare(options: compare.CompareOptions) -> None:
@@ -76,13 +77,14 @@ def run_train(
     checkpoint_every: int,
 ) -> None:
     """``sde-diffusion train``."""
-    from sde_diffusion.errors import require_count
     from sde_diffusion.training import train
 
     if steps is not None:
         require_count("--steps", steps)
     require_count("--seed", seed, least=0)
     require_count("--checkpoint-every", checkpoint_every)
+    if sde not in SDES:
+        raise unknown_name("--sde", sde, SDES)
     process = named_sde(sde)
     dataset = load_data(data, labels=labels)
     stem = re.sub(r"[^A-Za-z0-9_.+-]", "_", Path(data).expanduser().resolve().stem or "data")

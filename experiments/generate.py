@@ -21,6 +21,7 @@ from experiments.pictures import SampleGroup, samples_figure, strip_figure
 from experiments.results import environment, plain, write_whole
 from experiments.spec import parse_solver, spec_of
 from experiments.subjects import ExactSubject, ModelSubject, Subject, SubjectOptions, make_subjects
+from sde_diffusion import SDE
 from sde_diffusion.errors import require_count
 from solvers import Integrator, Solver, grids, sample
 from solvers.catalogue import settings_of
@@ -191,25 +192,37 @@ def _write_trajectory(plan: SamplePlan, folder: Path) -> None:
         raise RuntimeError(f"{spec_of(plan.solver)} kept no trajectory")
     states = solution.trajectory.cpu()
     _write_array(folder / "trajectory.npy", states)
-    strip_figure(
-        folder / "trajectory.png", states, solution.trajectory_times, density=_density(plan)
-    )
+    shown = _telling(subject.sdes[plan.sde], solution.trajectory_times, 10 if images else 6)
+    times = solution.trajectory_times[shown]
+    strip_figure(folder / "trajectory.png", states[shown], times, density=_density(plan))
+
+
+def _telling(sde: SDE, times: Tensor, count: int) -> Tensor:
+    """Indices of the moments in which something is seen: even in log-SNR where that is middling."""
+    log_snr = sde.at(times).half_log_snr.clamp(-2.0, 3.0)
+    wanted = torch.linspace(float(log_snr[0]), float(log_snr[-1]), count, dtype=log_snr.dtype)
+    nearest = (log_snr[:, None] - wanted).abs().argmin(0)
+    nearest[0], nearest[-1] = 0, len(times) - 1
+    return nearest.unique()
 
 
 def _draw(plan: SamplePlan, path: Path, x: Tensor) -> None:
     subject = plan.subject
     images = len(subject.event_shape) > 1
-    title = f"{subject.name} · {plan.sde} · {spec_of(plan.solver)}"
+    title = f"{subject.name} · {plan.sde}, {plan.options.nfe} evaluations"
     condition = f", {plan.condition}" if str(plan.condition) else ""
     shown = x[:_SHOWN]
     if images and isinstance(subject, ModelSubject):
         _image_grid(path, subject.judge.data.scaling.to_unit(shown))
         return
-    samples_figure(
-        path,
-        [SampleGroup(title + condition, {f"{len(x):,} samples": x[:600]}, density=_density(plan))],
-        columns=2,
-    )
+    density = _density(plan)
+    truth = None
+    if density is not None and isinstance(subject, ExactSubject):
+        label = plan.condition.label if plan.condition.law == "conditional" else None
+        own = label if isinstance(label, int) else None
+        truth, _ = subject.target.sample(600, plan.options.seed, own)
+    panel = {f"{len(x):,} samples, {spec_of(plan.solver)}": x[:600]}
+    samples_figure(path, [SampleGroup(title + condition, panel, truth, density)], columns=2)
 
 
 def _image_grid(path: Path, images: Tensor) -> None:
