@@ -100,7 +100,7 @@ class Multistep(Solver):
     def step(self, score_fn: ScoreFn, x: Tensor, step: Step, state: State, noise: Noise) -> Stepped:
         propagators, weights, repair = self.coefficients_of(step, x)
         q = self.quantity(score_fn(x, step.start))
-        if self.starting(state):
+        if step.coefficients and self.starting(state):
             x, q = self.repaired(score_fn, step, q, state, repair)
         carried, history = self.carried(x, q, step, state, noise, propagators)
         return Stepped(weighted_sum(carried, weights, (q, *state.values)), history)

@@ -78,9 +78,9 @@ class UniPC(DataPrediction):
         propagators, weights, repair, correction = self.coefficients_of(step, x)
         history, carried = state
         q = self.quantity(score_fn(x, step.start))
-        if self.starting(history):
+        if step.coefficients and self.starting(history):
             x, q = self.repaired(score_fn, step, q, history, repair)
-        elif carried is not None:
+        elif step.coefficients and carried is not None:
             x = weighted_sum(carried, correction, (q, *history.values))
         carried, after = self.carried(x, q, step, history, noise, propagators)
         values = (q, *history.values[: self.order - 1])
