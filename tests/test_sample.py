@@ -29,6 +29,7 @@ from sde_diffusion import (
 from sde_diffusion.networks.mlp import MLP
 from solvers import (
     DDIM,
+    DEIS,
     Ancestral,
     Corrector,
     CounterNoise,
@@ -46,6 +47,7 @@ from solvers import (
     grids,
     sample,
 )
+from solvers.multistep import Multistep
 from tests.problems import SDES, IsotropicScore
 
 
@@ -383,16 +385,21 @@ def test_seeds(sampler: str) -> None:
 
 @pytest.mark.parametrize("sampler", NATIVE)
 def test_noise_is_drawn_if_and_only_if_declared(sampler: str) -> None:
-    solver, sde, drawn = NATIVE[sampler], VPSDE(), set()
+    solver, sde = NATIVE[sampler], VPSDE()
+    drawn: dict[tuple[int, int], Tensor] = {}
 
     class Watching(CounterNoise):
         def __call__(self, x: Tensor, step: Step, slot: int = 0) -> Tensor:
             assert (step.index, slot) not in drawn  # a second draw of a slot would be the same
-            drawn.add((step.index, slot))
-            return super().__call__(x, step, slot)
+            drawn[step.index, slot] = super().__call__(x, step, slot)
+            return drawn[step.index, slot]
 
-    sample(IsotropicScore(), sde, solver, shape=(2, 2), steps=5, noise=Watching(0))
+    noise = Watching(0)
+    sample(IsotropicScore(), sde, solver, shape=(2, 2), steps=5, noise=noise)
     assert bool(drawn) == solver.stochastic
+    # No number comes twice: not in another sample, step or slot, nor in the initial state.
+    every = torch.stack([noise.prior(torch.empty(2, 2)), *drawn.values()])
+    assert len(every.unique()) == every.numel()
 
 
 @pytest.mark.parametrize("sampler", NATIVE)
@@ -633,12 +640,12 @@ def test_a_passing_nan_is_reported_though_a_replay_does_not_show_it() -> None:
 
 
 def test_a_diverging_update_is_told_apart_from_a_broken_score() -> None:
-    """Euler on a stiff line: ``1 - 1000`` a step, finite scores throughout; float32 ends at 3e38,
-    after 13 steps."""
+    """Ten times the state at each step, with finite scores throughout: float32 ends at 3e38, in the
+    39th step, so that the replay must begin from the state after the 32nd, not from the first."""
 
     @dataclass(frozen=True)
     class Diverging(Solver):
-        """Multiplies by 1000."""
+        """Multiplies by 10."""
 
         order = 1
         stochastic = False
@@ -647,7 +654,7 @@ def test_a_diverging_update_is_told_apart_from_a_broken_score() -> None:
             self, score_fn: ScoreFn, x: Tensor, step: Step, state: Any, noise: Noise
         ) -> Stepped:
             score_fn(x, step.start)
-            return Stepped(1000 * x, state)
+            return Stepped(10 * x, state)
 
     def score_fn(x: Tensor, level: NoiseLevel) -> Prediction:
         return Prediction.from_eps(x, level, torch.zeros_like(x))
@@ -656,9 +663,9 @@ def test_a_diverging_update_is_told_apart_from_a_broken_score() -> None:
     with pytest.raises(
         NonFiniteError, match=r"the score was finite, so use more steps.*"
     ) as raised:
-        sample(score_fn, VPSDE(), Diverging(), x=x, steps=20)
-    assert raised.value.step == 12
-    assert sample(score_fn, VPSDE(), Diverging(), x=x, steps=12).x.max() == pytest.approx(1e36)
+        sample(score_fn, VPSDE(), Diverging(), x=x, steps=40)
+    assert raised.value.step == 38
+    assert sample(score_fn, VPSDE(), Diverging(), x=x, steps=38).x.max() == pytest.approx(1e38)
 
 
 # --- a solver of one's own -----------------------------------------------------------------------
@@ -691,14 +698,20 @@ def test_a_solver_in_ten_lines() -> None:
     assert own.nfe == 9
 
 
-@pytest.mark.parametrize("sampler", [*NATIVE, "own"])
+@pytest.mark.parametrize("sampler", [*NATIVE, "own", "multistep"])
 def test_steps_by_hand_equal_the_loop(sampler: str) -> None:
     """Steps made from two levels, 0-d or one per sample; a method that evaluates inside a step is
-    given its ``stages``. Coefficients of the loop are the same in float64, to rounding."""
+    given its ``stages``. A multistep method knows no earlier levels there and is of order 1, so
+    DDIM. Coefficients of the loop are the same in float64, to rounding."""
     mixture, sde = named_target("ring"), VPSDE()
-    solver = {**NATIVE, "own": EulerODE()}[sampler]
+    solver = {**NATIVE, "own": EulerODE(), "multistep": PredictorCorrector(DEIS(4))}[sampler]
     score_fn, noise, n = mixture.score_fn(sde), CounterNoise(3), 5
-    run = sample(score_fn, sde, solver, shape=(4, 2), steps=n, seed=3, dtype=torch.float64)
+    same = solver
+    if isinstance(solver, Multistep):
+        same = DDIM()
+    elif sampler == "multistep":
+        same = PredictorCorrector(DDIM())
+    run = sample(score_fn, sde, same, shape=(4, 2), steps=n, seed=3, dtype=torch.float64)
     for width in (None, 4):
         x = noise.prior(torch.empty(4, 2, dtype=torch.float64))
         state = solver.init(x)
