@@ -33,8 +33,8 @@ class UniPC(DataPrediction):
     1/2 for the solution instead, and there B(h) matters: ``bh1`` is h, ``bh2`` is ``1 - e^-h``.
 
     Args:
-        order: p, 1 to 4; declared as the order. Measured it is p + 1 for p = 1 and 2, and at least p
-            above, where the first steps set the limit. Order 4 evaluates once more in a run.
+        order: p, 1 to 4; declared as the order. Measured it is p + 1 for p = 1 and 2, and at least
+            p above, where the first steps set the limit. Order 4 evaluates once more in a run.
         variant: ``bh1`` or ``bh2``.
     """
 
