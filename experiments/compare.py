@@ -137,7 +137,7 @@ def make_plan(options: CompareOptions) -> Plan:
     subjects = make_subjects(SubjectOptions(targets, options.models, options.sdes, options.data))
     cells: list[PlannedCell] = []
     steps = {
-        (solver, budget): _steps(solver, budget, options.denoise)
+        (solver, budget): steps_within(solver, budget, options.denoise)
         for solver in solvers
         for budget in dict.fromkeys(options.budgets)
     }
@@ -327,7 +327,12 @@ def _label(plan: Plan, planned: PlannedCell) -> str:
     return f"{text}, {planned.cell.condition.guided_by}" if several else text
 
 
-def _steps(solver: Solver | Integrator, budget: int, denoise: bool) -> int | None:
+def steps_within(solver: Solver | Integrator, budget: int, denoise: bool) -> int | None:
+    """The most steps within a budget of evaluations; None where the solver chooses its own.
+
+    Raises:
+        ValueError: not even one step is, or steps of this solver cost nothing.
+    """
     if getattr(solver, "adaptive", False):
         return None
     least = measured_nfe(solver, 1, denoise=denoise)
@@ -336,7 +341,12 @@ def _steps(solver: Solver | Integrator, budget: int, denoise: bool) -> int | Non
             f"--nfe {budget} is too few for {spec_of(solver)}: one step costs {least:g} "
             f"evaluations; give at least {least:g}"
         )
-    return steps_for_budget(solver, budget, denoise=denoise)
+    try:
+        return steps_for_budget(solver, budget, denoise=denoise)
+    except ValueError as error:
+        raise ValueError(
+            f"--solver {spec_of(solver)} cannot be given --nfe {budget}: {error}"
+        ) from None
 
 
 def _different(solvers: Sequence[Any]) -> list[Any]:

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.budget import measured_nfe, steps_for_budget
-from experiments.compare import Progress
+from experiments.compare import Progress, steps_within
 from experiments.conditions import Condition, make_conditions
 from experiments.draw import Drawn, Machine, make_machine, one_thread_each
 from experiments.folders import default_out, prepare_out
@@ -111,7 +110,7 @@ def make_plan(options: SampleOptions) -> SamplePlan:
             f"--trajectory needs a solver that steps here, and {spec_of(solver)} owns its loop; "
             "leave --trajectory out, or use probability_flow"
         )
-    steps = _steps(solver, options)
+    steps = steps_within(solver, options.nfe, options.denoise)
     config = {**asdict(options), "out": None, "batch_size": None, "device": None}
     out = options.out or default_out("sample", [subject.name, sde], config)
     return SamplePlan(options, subject, sde, condition, solver, steps, machine, out)
@@ -157,18 +156,6 @@ def run(plan: SamplePlan, progress: Progress) -> Written:
     files += ["samples.png", MANIFEST]
     write_whole(folder / MANIFEST, json.dumps(_manifest(plan, drawn, files), indent=1) + "\n")
     return Written(folder, drawn, files)
-
-
-def _steps(solver: Solver | Integrator, options: SampleOptions) -> int | None:
-    if getattr(solver, "adaptive", False):
-        return None
-    least = measured_nfe(solver, 1, denoise=options.denoise)
-    if least > options.nfe:
-        raise ValueError(
-            f"--nfe {options.nfe} is too few for {spec_of(solver)}: one step costs {least:g} "
-            f"evaluations; give at least {least:g}"
-        )
-    return steps_for_budget(solver, options.nfe, denoise=options.denoise)
 
 
 def _write_trajectory(plan: SamplePlan, folder: Path) -> None:
