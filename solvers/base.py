@@ -109,6 +109,10 @@ class Solver(ABC):
         ``(N,)``."""
         return ()
 
+    def displaced(self, state: State) -> State:
+        """What to carry on when something else, such as a corrector, has moved ``x``."""
+        return state
+
     @abstractmethod
     def step(self, score_fn: ScoreFn, x: Tensor, step: Step, state: State, noise: Noise) -> Stepped:
         """Advance ``x`` ``(B, *event)`` from ``step.start`` to ``step.end``."""

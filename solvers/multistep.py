@@ -68,6 +68,9 @@ class Multistep(Solver):
     def init(self, x: Tensor) -> State:
         return History((), x)
 
+    def displaced(self, state: State) -> State:
+        return History(state.values, None)
+
     def coefficients(self, step: Step) -> Coefficients:
         """``(ratio, spread, weights, repair weights)``, for the consecutive steps of a run."""
         start, end = step.start, step.end

@@ -62,7 +62,8 @@ class PredictorCorrector(Solver):
             correcting = Step(step.index, step.start, step.end, step.stages, theirs)
         if self.first == "corrector":
             x = self.corrector.correct(score_fn, x, step.start, correcting, noise)
+            state = self.predictor.displaced(state)
             return self.predictor.step(score_fn, x, predicting, state, noise)
         predicted = self.predictor.step(score_fn, x, predicting, state, noise)
         x = self.corrector.correct(score_fn, predicted.x, step.end, correcting, noise)
-        return Stepped(x, predicted.state, predicted.error)
+        return Stepped(x, self.predictor.displaced(predicted.state), predicted.error)

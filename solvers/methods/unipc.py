@@ -51,6 +51,9 @@ class UniPC(DataPrediction):
     def init(self, x: Tensor) -> State:
         return _Carried(super().init(x), None)
 
+    def displaced(self, state: State) -> State:
+        return _Carried(super().displaced(state.history), None)
+
     def coefficients(self, step: Step) -> Coefficients:
         """As a multistep method's, and behind them the corrector's weights for the step before."""
         start = step.start
