@@ -62,7 +62,7 @@ def test_every_entry(name: str) -> None:
     assert entry.type.__name__ in dir(solvers)
     assert len(entry.summary) > 20
     assert entry.summary == (entry.type.__doc__ or "").strip().split("\n")[0]
-    assert entry.adapter == isinstance(made, Integrator)
+    assert entry.adapter == (".adapters." in entry.type.__module__)
     if isinstance(made, Corrector):
         assert (entry.kind, entry.order) == ("corrector", None)
     else:
