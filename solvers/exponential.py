@@ -5,7 +5,7 @@ A path of the reverse family with stochasticity ``tau`` goes, from a level t to 
     x_u = sigma_u/sigma_t exp(-T) x_t + alpha_u int x0(v) k(v) dv + sigma_u sqrt(1 - exp(-2 T)) z,
     T = int tau^2 dv,   k(v) = r(v) exp(-int_v^u r),   r = 1 + tau^2,   v = half_log_snr
 
-(Lu et al. 2022, arXiv:2211.01095, eq. 8 for tau = 0; Xue et al. 2023, arXiv:2309.05019, eq. 10).
+(Lu et al. 2022, arXiv:2211.01095, eq. 8 for tau = 0; Xue et al. 2023, arXiv:2309.05019).
 A method replaces x0 along the step by a polynomial through known values; its coefficients are
 integrals of Lagrange polynomials against ``k``. In closed form they are combinations of the phi
 functions that cancel where steps are small; here they are computed by Gauss-Legendre quadrature of

@@ -105,7 +105,8 @@ class StochasticAdams(Solver):
             x = _weighted(state.base, corrector, values)
         base = propagators[0] * x
         if len(propagators) > 1:
-            base.addcmul_(propagators[1], noise(x, step))
+            z = noise(x, step)
+            base.addcmul_(propagators[1], z)
         corrects = self.corrector_terms > 0 or (len(values) == 1 and self.predictor_terms > 2)
         history = History(
             values[: self._memory],

@@ -94,7 +94,8 @@ class EDMHeun(Solver):
         level = step.start
         if churn:
             raised, spread = churn
-            x, level = (raised * x).addcmul_(spread, noise(x, step)), step.stages[0]
+            z = noise(x, step)
+            x, level = (raised * x).addcmul_(spread, z), step.stages[0]
         first = score_fn(x, level).eps
         scaled = ratio * x
         second = score_fn(torch.addcmul(scaled, slope, first), step.end).eps

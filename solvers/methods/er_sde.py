@@ -28,14 +28,13 @@ class ERSDE(StochasticAdams):
     """ER-SDE-Solver-1, -2, -3: multistep on the extended reverse-time SDE, one evaluation a step.
 
     Cui et al. 2023 (arXiv:2309.06169), in ``y = x / alpha``, ``s = sigma / alpha`` for every linear
-    SDE, with a noise scaling function phi (their prop. 1 and 2):
+    SDE, with a noise scaling function phi:
 
         y_u = phi_u/phi_t y_t + phi_u int x0 d(1/phi) + sqrt(s_u^2 - s_t^2 (phi_u/phi_t)^2) z
 
     which is the reverse family with ``tau^2 = d log(phi) / d log(s) - 1``, so ``phi(s) / s`` must
-    not fall with s. x0 is the polynomial in s through its last values, and the integrals are
-    computed in float64 by quadrature; the paper takes Taylor terms with difference quotients (whose
-    second lacks a factor where steps vary) and sums of 100 rectangles.
+    not fall with s. x0 is the polynomial in s through its last values (the paper's Taylor terms,
+    with exact differences for any steps), and the integrals are Gauss-Legendre sums in float64.
 
     The setting is called ``terms``, for the weak order is 2 at most where there is noise; see
     ``solvers.stochastic_adams`` for orders, the first step, short runs and steps made by hand.

@@ -23,7 +23,7 @@ class SASolver(StochasticAdams):
     """SA-Solver: Adams predictor-corrector on the reverse family with stochasticity tau, one
     evaluation a step.
 
-    Xue et al. 2023 (arXiv:2309.05019, eq. 10 and alg. 1), in data prediction: ``x_u =
+    Xue et al. 2023 (arXiv:2309.05019), in data prediction: ``x_u =
     sigma_u/sigma_t exp(-T) x_t + alpha_u int x0(v) k(v) dv + sigma_u sqrt(1 - exp(-2 T)) z`` with
     ``T = int tau^2 dv`` and ``v = half_log_snr``; x0 is a polynomial through earlier values. Over a
     step a tau that varies is replaced by the constant of the same T, which is again a member of the

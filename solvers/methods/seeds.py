@@ -41,17 +41,17 @@ class SEEDS(Solver):
 
     With ``h = half_log_snr(u) - half_log_snr(t)`` and ``r = 1 + eta^2`` the reverse family is,
     exactly, ``x_u = sigma_u/sigma_t exp(-eta^2 h) x_t + alpha_u r int exp(-r (v_u - v)) x0(v) dv +
-    N_u``; at eta = 1 this is eq. 18 of Gonzalez et al. 2023 (arXiv:2305.14267) in data prediction.
+    N_u``; at eta = 1, that of Gonzalez et al. 2023 (arXiv:2305.14267), in data prediction.
     x0 is interpolated through the stages of the step. The noise of a stage at fraction c has its
     exact variance ``sigma_c^2 (1 - exp(-2 eta^2 c h))`` and its exact covariance with the noise of
     the whole step, as parts of one Brownian motion with the clock ``q_c = exp(2 eta^2 c h) - 1``:
     ``N_c = sigma_c exp(-eta^2 c h) (q_c/sqrt(q_1) z + sqrt(q_c (1 - q_c/q_1)) z_c)``.
 
-    Order 3 differs from the paper's SEEDS-3, which has weak order 2 (a stage at 2/3 weighs its
-    noise by 3/8 where 1/3 is due): its stages are at 1/2 and 3/4, and the parts ``z_c`` of their
-    noises have half the correlation of a path. Mean and covariance on a Gaussian then have weak
-    order 3, as measured; on other targets the noise is of weak order 2, the drift of order 3. At
-    eta = 0 order 2 is DPM-Solver++ 2S.
+    Order 3 is not the paper's SEEDS-3: with stages at 1/3 and 2/3 and the noises of one path the
+    weak order is 2, for the last stage weighs its noise by 3/8 where 1/3 is due. Here the stages
+    are at 1/2 and 3/4, and the parts ``z_c`` of their noises have half the correlation of a path.
+    Mean and covariance on a Gaussian then have weak order 3; on other targets the noise is of weak
+    order 2 and the drift of order 3. At eta = 0 order 2 is DPM-Solver++ 2S.
 
     Noise: slot 0 is the step's, slots 1 and 2 are the stages' own. Nothing depends on earlier
     steps.
