@@ -9,8 +9,9 @@ A path of the reverse family with stochasticity ``tau`` goes, from a level t to 
 A method replaces x0 along the step by a polynomial through known values; its coefficients are
 integrals of Lagrange polynomials against ``k``. In closed form they are combinations of the phi
 functions that cancel where steps are small; here they are computed by Gauss-Legendre quadrature of
-the integral itself, which never does. Sixty-four nodes integrate exp(-r h) to rounding for r h up
-to some 200: one single step over any SDE's range included.
+the integral itself, which never does. The nodes are those of the cube root of the distance from the
+step's end, where the kernel sits: sixty-four of them integrate it to rounding for r h up to 2,000,
+as in one single step over any SDE's range at tau = 12.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor
 
 _POINTS, _WEIGHTS = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(64))
-_POINTS, _WEIGHTS = 0.5 * (1 + _POINTS), 0.5 * _WEIGHTS
+_ROOTS = 0.5 * (1 + _POINTS)
+_DISTANCES, _WEIGHTS = _ROOTS**3, 1.5 * _ROOTS**2 * _WEIGHTS  # from the end, in steps
 
 Function = Callable[[Tensor], Tensor]
 
@@ -68,4 +70,4 @@ def constant_rate(rate: Tensor | float, end: Tensor) -> Function:
 
 def _quadrature(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     span = (end - start)[..., None]
-    return start[..., None] + span * _POINTS.to(span), span * _WEIGHTS.to(span)
+    return end[..., None] - span * _DISTANCES.to(span), span * _WEIGHTS.to(span)
