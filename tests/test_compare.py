@@ -19,12 +19,7 @@ from experiments.judging import Cell, ExactJudge, Size
 from experiments.results import load_results, results_schema
 from experiments.subjects import ExactSubject, ModelSubject, SubjectOptions, make_subjects
 from experiments.tables import comparison_tables, number
-from sde_diffusion.checkpoints import shipped_models
 from solvers import DDIM, Ancestral, EulerMaruyama, PredictorCorrector, ProbabilityFlow
-
-needs_digits = pytest.mark.skipif(
-    not {"digits-vp", "digits-ve"} <= set(shipped_models()), reason="no shipped networks"
-)
 
 
 class Silent:
@@ -262,7 +257,6 @@ def test_numbers_have_the_digits_their_errors_allow(
     assert number(value, stderr) == text
 
 
-@needs_digits
 def test_digits_are_judged_against_real_digits(tmp_path: Path) -> None:
     outcome = compared(
         tmp_path,
@@ -282,7 +276,6 @@ def test_digits_are_judged_against_real_digits(tmp_path: Path) -> None:
         assert "rms" in row["metrics"]
 
 
-@needs_digits
 def test_reference_in_equal_parts_is_that_of_balanced_data() -> None:
     (subject,) = make_subjects(SubjectOptions(("digits",), (), ("vp",)))
     assert isinstance(subject, ModelSubject)

@@ -34,6 +34,7 @@ from solvers import (
     Corrector,
     CounterNoise,
     EulerMaruyama,
+    Integrator,
     Langevin,
     Noise,
     PredictorCorrector,
@@ -56,7 +57,7 @@ def native_samplers() -> dict[str, Solver]:
     code differs. A new file in ``solvers/methods`` is tested here without a word."""
     samplers: dict[str, Solver] = {}
     for name, entry in catalogue().items():
-        if entry.adapter:
+        if issubclass(entry.type, Integrator):
             continue
         made = entry.type()
         if isinstance(made, Corrector):
