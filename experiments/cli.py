@@ -79,7 +79,10 @@ def compare(
     ] = None,
     label: Annotated[
         str | None,
-        typer.Option(help="A class, or all: each in turn. Default: all where guided, else none."),
+        typer.Option(
+            help="A class, all (each in turn) or none. Default: all for conditional networks and "
+            "wherever guided, none for exact targets."
+        ),
     ] = None,
     data: Annotated[
         str | None,
@@ -152,14 +155,16 @@ def steps(
     ] = None,
     counts: Annotated[
         list[str] | None,
-        typer.Option("--steps", help="Repeatable or 8,16,32. Default: 8,16,…,512."),
+        typer.Option("--steps", help="Repeatable or 8,16,32. Default: 8,16,…,256."),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Of a stochastic solver, in a repeat.")] = 4000,
+    samples: Annotated[int, typer.Option(help="Of a stochastic solver, in a repeat.")] = 10_000,
     repeats: Annotated[int, typer.Option(help="Independent repeats.")] = 3,
     seed: Seed = 0,
     batch_size: Batch = None,
     device: Device = "cpu",
-    grid: Grid = None,
+    grid: Annotated[str, typer.Option(help="Times of the steps: log_snr, time, karras, ...")] = (
+        "log_snr"
+    ),
     out: Annotated[
         str | None, typer.Option(help=OUT_HELP + " Default: runs/steps-…, by the options.")
     ] = None,
@@ -256,7 +261,10 @@ def sample(
     count: Annotated[int, typer.Option("-n", "--samples", help="How many samples.")] = 64,
     guidance: Annotated[str, typer.Option(help="none, classifier or cfg.")] = "none",
     scale: Annotated[float | None, typer.Option(help="γ: 0 unconditional, 1 conditional.")] = None,
-    label: Annotated[str | None, typer.Option(help="A class, or all: each in turn.")] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(help="A class, all (each in turn) or none; default as in compare."),
+    ] = None,
     seed: Seed = 0,
     batch_size: Batch = None,
     device: Device = "cpu",

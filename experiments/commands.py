@@ -16,9 +16,10 @@ from experiments.galleries import draw_pictures
 from experiments.plots import error_vs_steps
 from experiments.progress import ProgressBar
 from experiments.tables import comparison_tables, legend, make_console
-from sde_diffusion import named_sde
+from sde_diffusion import SDES, named_sde
 from sde_diffusion.checkpoints import describe
 from sde_diffusion.data import load_data
+from sde_diffusion.errors import require_count, unknown_name
 
 
 def run_compare(options: compare.CompareOptions) -> None:
@@ -45,7 +46,7 @@ def run_steps(options: steps.StepsOptions) -> None:
         bar.now("picture")
         error_vs_steps(folder.path / steps.PICTURE, folder.rows, metric="error")
     console = make_console()
-    console.print(_slope_table(plan.subject.name, fitted))
+    console.print(_slope_table(plan.subject.name, options.grid, fitted))
     _wrote(console, folder.path, ["results.json", steps.PICTURE], started)
 
 
@@ -76,13 +77,14 @@ def run_train(
     checkpoint_every: int,
 ) -> None:
     """``sde-diffusion train``."""
-    from sde_diffusion.errors import require_count
     from sde_diffusion.training import train
 
     if steps is not None:
         require_count("--steps", steps)
     require_count("--seed", seed, least=0)
     require_count("--checkpoint-every", checkpoint_every)
+    if sde not in SDES:
+        raise unknown_name("--sde", sde, SDES)
     process = named_sde(sde)
     dataset = load_data(data, labels=labels)
     stem = re.sub(r"[^A-Za-z0-9_.+-]", "_", Path(data).expanduser().resolve().stem or "data")
@@ -113,9 +115,9 @@ def run_train(
     console.print(f"next: sde-diffusion compare --model {path}", style="dim")
 
 
-def _slope_table(target: str, fitted: list[steps.Fitted]) -> Table:
+def _slope_table(target: str, grid: str, fitted: list[steps.Fitted]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    table.title = Text.assemble((target, "bold"), "  error against steps")
+    table.title = Text.assemble((target, "bold"), f"  error against steps, grid {grid}")
     table.title_justify = "left"
     counts = sorted({count for fit in fitted for count in fit.errors})
     shown = counts if len(counts) <= 5 else [counts[0], counts[len(counts) // 2], counts[-1]]

@@ -98,7 +98,7 @@ class Outcome:
 
     folder: RunFolder
     kept: list[Kept] = field(default_factory=list)
-    truths: dict[tuple[str, Condition], Tensor | None] = field(default_factory=dict)
+    truths: dict[tuple[str, str, Condition, str], Tensor | None] = field(default_factory=dict)
     judges: dict[str, Judge] = field(default_factory=dict)
 
 
@@ -132,17 +132,19 @@ def make_plan(options: CompareOptions) -> Plan:
         require_count("--samples", options.samples, least=2)
     if options.batch_size is not None:
         require_count("--batch-size", options.batch_size)
-    conditions = make_conditions(options.guidances, options.scales, options.label)
+    make_conditions(options.guidances, options.scales, options.label)
     machine = make_machine(options.device, options.batch_size)
     subjects = make_subjects(SubjectOptions(targets, options.models, options.sdes, options.data))
     cells: list[PlannedCell] = []
     steps = {
-        (solver, budget): _steps(solver, budget, options.denoise)
+        (solver, budget): steps_within(solver, budget, options.denoise)
         for solver in solvers
         for budget in dict.fromkeys(options.budgets)
     }
     for subject in subjects:
-        for condition in conditions:
+        for condition in make_conditions(
+            options.guidances, options.scales, options.label, subject.unguided
+        ):
             subject.check(condition)
             for sde, process in subject.sdes.items():
                 if options.grid is not None:
@@ -218,7 +220,7 @@ def _one(plan: Plan, planned: PlannedCell, outcome: Outcome, fine: _FineSolution
     found = judge.with_paired(judge.metrics(cell, drawn.x), size, drawn.x, same_noise)
     outcome.folder.add(_row(plan, planned, judge, drawn, found, floor))
     outcome.kept.append(Kept(planned, drawn.x[:_KEPT].clone()))
-    key = (subject.name, cell.condition)
+    key = (subject.name, cell.sde, cell.condition, judge.truth(cell))
     if key not in outcome.truths:
         true = judge.true_samples(cell)
         outcome.truths[key] = None if true is None else true[:_KEPT]
@@ -299,9 +301,11 @@ def _row(
         metrics=found,
         extra={
             "budget": planned.budget,
+            "spec": spec_of(cell.solver),
             "solver_label": _label(plan, planned),
             "label": cell.condition.label,
-            "condition": str(cell.condition),
+            "guided_by": cell.condition.guided_by,
+            "classes": cell.condition.classes,
             "primary": judge.primary,
             "truth": judge.truth(cell),
             "floor": {name: e._asdict() for name, e in floor.items()},
@@ -317,12 +321,18 @@ def _row(
 
 def _label(plan: Plan, planned: PlannedCell) -> str:
     """A line's name: the solver as typed, and the guidance where the run has several."""
-    several = len({p.cell.condition for p in plan.cells}) > 1
+    here = [p for p in plan.cells if p.subject is planned.subject]
+    several = len({p.cell.condition for p in here}) > 1
     text = spec_of(planned.cell.solver)
-    return f"{text}, {planned.cell.condition or 'unguided'}" if several else text
+    return f"{text}, {planned.cell.condition.guided_by}" if several else text
 
 
-def _steps(solver: Solver | Integrator, budget: int, denoise: bool) -> int | None:
+def steps_within(solver: Solver | Integrator, budget: int, denoise: bool) -> int | None:
+    """The most steps within a budget of evaluations; None where the solver chooses its own.
+
+    Raises:
+        ValueError: not even one step is, or steps of this solver cost nothing.
+    """
     if getattr(solver, "adaptive", False):
         return None
     least = measured_nfe(solver, 1, denoise=denoise)
@@ -331,7 +341,12 @@ def _steps(solver: Solver | Integrator, budget: int, denoise: bool) -> int | Non
             f"--nfe {budget} is too few for {spec_of(solver)}: one step costs {least:g} "
             f"evaluations; give at least {least:g}"
         )
-    return steps_for_budget(solver, budget, denoise=denoise)
+    try:
+        return steps_for_budget(solver, budget, denoise=denoise)
+    except ValueError as error:
+        raise ValueError(
+            f"--solver {spec_of(solver)} cannot be given --nfe {budget}: {error}"
+        ) from None
 
 
 def _different(solvers: Sequence[Any]) -> list[Any]:

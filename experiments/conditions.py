@@ -51,20 +51,34 @@ class Condition:
             return torch.full_like(ids, self.label)
         return ids % num_classes
 
+    @property
+    def guided_by(self) -> str:
+        """The guidance in words."""
+        return "unguided" if self.guidance == "none" else f"{self.guidance} γ={self.scale:g}"
+
+    @property
+    def classes(self) -> str:
+        """The classes in words; empty where none is asked for."""
+        if self.label is None:
+            return ""
+        return "all classes in turn" if self.label == ALL else f"class {self.label}"
+
     def __str__(self) -> str:
-        words = []
-        if self.guidance != "none":
-            words.append(f"{self.guidance} γ={self.scale:g}")
-        if self.label is not None:
-            words.append("all classes in turn" if self.label == ALL else f"class {self.label}")
-        return ", ".join(words)
+        words = [self.guided_by if self.guidance != "none" else "", self.classes]
+        return ", ".join(word for word in words if word)
 
 
 def make_conditions(
-    guidances: Sequence[str], scales: Sequence[float], label: str | None
+    guidances: Sequence[str],
+    scales: Sequence[float],
+    label: str | None,
+    unguided: Literal["all"] | None = None,
 ) -> list[Condition]:
     """The conditions that the options --guidance, --scale and --label stand for.
 
+    Args:
+        label: a class, "all", "none", or None: all classes in turn where guided.
+        unguided: what None stands for without guidance.
     Raises:
         ValueError: an unknown guidance, a scale that is not finite or has no guidance to scale, a
             label that is neither a class nor "all".
@@ -81,9 +95,14 @@ def make_conditions(
             "classifier, or leave --scale out"
         )
     given = parse_label(label)
+    if label == "none" and guided:
+        raise ValueError(
+            f"--label none leaves --guidance {guided[0]} nothing to guide towards: give a class, "
+            "or all"
+        )
     conditions = []
     if "none" in guidances or not guided:
-        conditions.append(Condition(label=given))
+        conditions.append(Condition(label=unguided if label is None else given))
     for guidance in guided:
         for scale in dict.fromkeys(scales or (1.0,)):
             conditions.append(Condition(guidance, float(scale), "all" if given is None else given))
@@ -91,12 +110,14 @@ def make_conditions(
 
 
 def parse_label(text: str | None) -> int | Literal["all"] | None:
-    """``--label``: a class number or "all"."""
-    if text is None or text == ALL:
-        return "all" if text else None
+    """``--label``: a class number, "all" or "none"."""
+    if text is None or text == "none":
+        return None
+    if text == ALL:
+        return "all"
     try:
         return int(text)
     except ValueError:
         raise ValueError(
-            f"--label must be a class number from 0, or 'all' for each in turn, got {text!r}"
+            f"--label must be a class number from 0, 'all' (each in turn) or 'none', got {text!r}"
         ) from None

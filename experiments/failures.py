@@ -8,12 +8,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
-import click
 import typer
 from typer.core import TyperGroup
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# Typer's own, wherever it has click from: a dependency once, a part of it now.
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+_CLICK_ERROR: Any = typer.BadParameter.__mro__[2]
 
 USAGE, FAILED, INTERRUPTED = 2, 1, 130
 TRACEBACK = "SDE_DIFFUSION_TRACEBACK"  # set it to anything to see where an error came from
@@ -30,7 +33,7 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
-        except (typer.Exit, typer.Abort, click.ClickException):
+        except (typer.Exit, typer.Abort, _CLICK_ERROR):
             raise
         except KeyboardInterrupt as error:
             say(str(error) or "interrupted")
@@ -68,14 +71,14 @@ class OneLineGroup(TyperGroup):
             result = super().main(
                 args, prog_name, complete_var, False, windows_expand_args, **extra
             )
-        except click.UsageError as error:
+        except _USAGE_ERROR as error:
             path = error.ctx.command_path if error.ctx else "sde-diffusion"
             say(f"{error.format_message().rstrip('.')}; see: {path} --help")
             sys.exit(USAGE)
-        except click.ClickException as error:
+        except _CLICK_ERROR as error:
             say(error.format_message())
             sys.exit(error.exit_code)
-        except (click.Abort, KeyboardInterrupt):
+        except (typer.Abort, KeyboardInterrupt):
             say("interrupted")
             sys.exit(INTERRUPTED)
         sys.exit(result if isinstance(result, int) else 0)

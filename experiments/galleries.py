@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.canvas import in_order
 from experiments.compare import Kept, Outcome
-from experiments.judging import ExactJudge
+from experiments.conditions import Condition
+from experiments.judging import Cell, ExactJudge, Judge
 from experiments.pictures import SampleGroup, samples_figure
 from experiments.plots import quality_vs_nfe, quality_vs_seconds
 from experiments.spec import spec_of
@@ -21,24 +21,39 @@ _TITLES = {"vp": "VP", "ve": "VE", "subvp": "sub-VP", "cosine": "cosine VP", "ed
 def draw_pictures(outcome: Outcome) -> list[Path]:
     """quality_vs_nfe.png, quality_vs_seconds.png and samples.png, in the run's folder."""
     folder, rows = outcome.folder.path, outcome.folder.rows
-    floor = outcome.folder.floor
     paths = [folder / name for name in ("quality_vs_nfe.png", "quality_vs_seconds.png")]
-    primary = {row["target"]: row["primary"] for row in rows}
-    quality_vs_nfe(paths[0], rows, floor, metrics=primary)
-    quality_vs_seconds(paths[1], rows, floor, metrics=primary)
+    panels = _panel_rows(rows)
+    floor = {row["target"]: row["floor"] for row in reversed(panels)}
+    primary = {row["target"]: row["primary"] for row in panels}
+    quality_vs_nfe(paths[0], panels, floor, metrics=primary)
+    quality_vs_seconds(paths[1], panels, floor, metrics=primary)
     paths.append(folder / "samples.png")
     samples_figure(paths[2], _groups(outcome))
     return paths
+
+
+def _panel_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for the curves: where a target was guided in several ways, a panel for each."""
+    shown = []
+    for row in rows:
+        alike = [r for r in rows if r["target"] == row["target"]]
+        target = row["target"]
+        if len({r["guided_by"] for r in alike}) > 1:
+            target += f", {row['guided_by']}"
+        if "finely" in row["truth"]:  # the guided ODE and SDE have different laws, and floors
+            target += " (ODE)" if "ODE" in row["truth"] else " (SDE)"
+        plain = {"guidance": "none", "scale": None, "solver_label": row["spec"]}
+        shown.append({**row, **plain, "target": target})
+    return shown
 
 
 def _groups(outcome: Outcome) -> list[SampleGroup]:
     budget = _shown_budget([kept.planned.budget for kept in outcome.kept])
     pairs = list(zip(outcome.kept, outcome.folder.rows, strict=False))
     shown = [(k, r) for k, r in pairs if k.planned.budget in (None, budget)]
-    keys = in_order([_key(kept) for kept, _ in shown])
     groups = []
-    for key in keys:
-        here = [(k, r) for k, r in shown if _key(k) == key]
+    for key in dict.fromkeys(_key(kept, row) for kept, row in shown):
+        here = [(k, r) for k, r in shown if _key(k, r) == key]
         planned = here[0][0].planned
         condition = str(planned.cell.condition)
         name = planned.subject.name
@@ -54,20 +69,20 @@ def _groups(outcome: Outcome) -> list[SampleGroup]:
             SampleGroup(
                 title=title,
                 panels={spec_of(k.planned.cell.solver): k.x for k, _ in here},
-                truth=outcome.truths.get((name, planned.cell.condition)),
+                truth=outcome.truths.get(key),
                 density=None
                 if density is None or planned.subject.event_shape != (2,)
                 else density.log_prob,
                 notes={spec_of(k.planned.cell.solver): _note(r) for k, r in here},
-                truth_name="true samples" if isinstance(judge, ExactJudge) else "held-out data",
+                truth_name=_truth_name(judge, planned.cell),
             )
         )
     return groups
 
 
-def _key(kept: Kept) -> str:
+def _key(kept: Kept, row: Mapping[str, Any]) -> tuple[str, str, Condition, str]:
     planned = kept.planned
-    return f"{planned.subject.name}|{planned.cell.sde}|{planned.cell.condition}"
+    return planned.subject.name, planned.cell.sde, planned.cell.condition, row["truth"]
 
 
 def _shown_budget(budgets: Sequence[int | None]) -> int | None:
@@ -76,6 +91,12 @@ def _shown_budget(budgets: Sequence[int | None]) -> int | None:
         return None
     enough = [budget for budget in known if budget >= SHOWN_BUDGET]
     return enough[0] if enough else known[-1]
+
+
+def _truth_name(judge: Judge, cell: Cell) -> str:
+    if not isinstance(judge, ExactJudge):
+        return "held-out data"
+    return "the same, finely solved" if cell.condition.law == "guided" else "true samples"
 
 
 def _note(row: Mapping[str, Any]) -> str:

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.budget import measured_nfe, steps_for_budget
-from experiments.compare import Progress
+from experiments.compare import Progress, steps_within
 from experiments.conditions import Condition, make_conditions
 from experiments.draw import Drawn, Machine, make_machine, one_thread_each
 from experiments.folders import default_out, prepare_out
@@ -21,6 +20,7 @@ from experiments.pictures import SampleGroup, samples_figure, strip_figure
 from experiments.results import environment, plain, write_whole
 from experiments.spec import parse_solver, spec_of
 from experiments.subjects import ExactSubject, ModelSubject, Subject, SubjectOptions, make_subjects
+from sde_diffusion import SDE
 from sde_diffusion.errors import require_count
 from solvers import Integrator, Solver, grids, sample
 from solvers.catalogue import settings_of
@@ -92,7 +92,7 @@ def make_plan(options: SampleOptions) -> SamplePlan:
         raise ValueError("--model and --target are two things to sample; give one of them")
     solver = parse_solver(options.solver)
     scales = () if options.scale is None else (options.scale,)
-    (condition,) = make_conditions((options.guidance,), scales, options.label)
+    make_conditions((options.guidance,), scales, options.label)
     machine = make_machine(options.device, options.batch_size)
     sdes = () if options.sde is None else (options.sde,)
     if options.model is None:
@@ -100,6 +100,7 @@ def make_plan(options: SampleOptions) -> SamplePlan:
         (subject,) = make_subjects(SubjectOptions((target,), (), sdes or ("vp",)))
     else:
         (subject,) = make_subjects(SubjectOptions((), (options.model,), sdes))
+    (condition,) = make_conditions((options.guidance,), scales, options.label, subject.unguided)
     subject.check(condition)
     (sde,) = subject.sdes
     if options.grid is not None:
@@ -109,7 +110,7 @@ def make_plan(options: SampleOptions) -> SamplePlan:
             f"--trajectory needs a solver that steps here, and {spec_of(solver)} owns its loop; "
             "leave --trajectory out, or use probability_flow"
         )
-    steps = _steps(solver, options)
+    steps = steps_within(solver, options.nfe, options.denoise)
     config = {**asdict(options), "out": None, "batch_size": None, "device": None}
     out = options.out or default_out("sample", [subject.name, sde], config)
     return SamplePlan(options, subject, sde, condition, solver, steps, machine, out)
@@ -157,18 +158,6 @@ def run(plan: SamplePlan, progress: Progress) -> Written:
     return Written(folder, drawn, files)
 
 
-def _steps(solver: Solver | Integrator, options: SampleOptions) -> int | None:
-    if getattr(solver, "adaptive", False):
-        return None
-    least = measured_nfe(solver, 1, denoise=options.denoise)
-    if least > options.nfe:
-        raise ValueError(
-            f"--nfe {options.nfe} is too few for {spec_of(solver)}: one step costs {least:g} "
-            f"evaluations; give at least {least:g}"
-        )
-    return steps_for_budget(solver, options.nfe, denoise=options.denoise)
-
-
 def _write_trajectory(plan: SamplePlan, folder: Path) -> None:
     """The same first samples once more, every state kept: a sample does not depend on its batch."""
     options, subject = plan.options, plan.subject
@@ -190,25 +179,37 @@ def _write_trajectory(plan: SamplePlan, folder: Path) -> None:
         raise RuntimeError(f"{spec_of(plan.solver)} kept no trajectory")
     states = solution.trajectory.cpu()
     _write_array(folder / "trajectory.npy", states)
-    strip_figure(
-        folder / "trajectory.png", states, solution.trajectory_times, density=_density(plan)
-    )
+    shown = _telling(subject.sdes[plan.sde], solution.trajectory_times, 10 if images else 6)
+    times = solution.trajectory_times[shown]
+    strip_figure(folder / "trajectory.png", states[shown], times, density=_density(plan))
+
+
+def _telling(sde: SDE, times: Tensor, count: int) -> Tensor:
+    """Indices of the moments in which something is seen: even in log-SNR where that is middling."""
+    log_snr = sde.at(times).half_log_snr.clamp(-2.0, 3.0)
+    wanted = torch.linspace(float(log_snr[0]), float(log_snr[-1]), count, dtype=log_snr.dtype)
+    nearest = (log_snr[:, None] - wanted).abs().argmin(0)
+    nearest[0], nearest[-1] = 0, len(times) - 1
+    return nearest.unique()
 
 
 def _draw(plan: SamplePlan, path: Path, x: Tensor) -> None:
     subject = plan.subject
     images = len(subject.event_shape) > 1
-    title = f"{subject.name} · {plan.sde} · {spec_of(plan.solver)}"
+    title = f"{subject.name} · {plan.sde}, {plan.options.nfe} evaluations"
     condition = f", {plan.condition}" if str(plan.condition) else ""
     shown = x[:_SHOWN]
     if images and isinstance(subject, ModelSubject):
         _image_grid(path, subject.judge.data.scaling.to_unit(shown))
         return
-    samples_figure(
-        path,
-        [SampleGroup(title + condition, {f"{len(x):,} samples": x[:600]}, density=_density(plan))],
-        columns=2,
-    )
+    density = _density(plan)
+    truth = None
+    if density is not None and isinstance(subject, ExactSubject):
+        label = plan.condition.label if plan.condition.law == "conditional" else None
+        own = label if isinstance(label, int) else None
+        truth, _ = subject.target.sample(600, plan.options.seed, own)
+    panel = {f"{len(x):,} samples, {spec_of(plan.solver)}": x[:600]}
+    samples_figure(path, [SampleGroup(title + condition, panel, truth, density)], columns=2)
 
 
 def _image_grid(path: Path, images: Tensor) -> None:

@@ -130,13 +130,17 @@ def median_distance(x: Tensor, reference: Tensor) -> float:
 def frechet_from_moments(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor) -> float:
     """Fréchet distance ``|μ_x - μ_y|² + tr(Σ_x + Σ_y - 2 (Σ_x Σ_y)^½)`` of two Gaussians.
 
-    Dowson and Landau 1982; the square of POT's Bures–Wasserstein distance. Means (D,),
-    covariances (D, D); in squared units of the features.
+    Dowson and Landau 1982. Means (D,), covariances (D, D), singular ones too (fewer samples than
+    features; POT's and SciPy's matrix roots give NaN there); in squared units of the features.
     """
-    from ot.gaussian import bures_wasserstein_distance
-
-    moments = [m.detach().cpu().double().numpy() for m in (mean_x, mean_y, cov_x, cov_y)]
-    return float(np.asarray(bures_wasserstein_distance(*moments)).squeeze()) ** 2
+    mean_x, cov_x, mean_y, cov_y = (
+        m.detach().cpu().double() for m in (mean_x, cov_x, mean_y, cov_y)
+    )
+    values, vectors = torch.linalg.eigh(cov_x)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_y @ root).clamp_min(0).sqrt().sum()
+    distance = (mean_x - mean_y).square().sum() + cov_x.trace() + cov_y.trace() - 2 * cross
+    return max(float(distance), 0.0)
 
 
 class FrechetReference:

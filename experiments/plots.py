@@ -86,7 +86,8 @@ def error_vs_steps(
     """
     drawn = [row for row in rows if row.get("steps") and _value(row, metric) is not None]
     solvers, targets, sdes = _axes_of(drawn, metric)
-    with picture(path, height=0.7 + 3.3 * len(targets), width=4.4 * max(len(sdes), 1)) as figure:
+    each = 3.3 + 0.19 * (len(solvers) + 1)
+    with picture(path, height=0.7 + each * len(targets), width=4.4 * max(len(sdes), 1)) as figure:
         grid = _panels(figure, targets, sdes)
         for i, target in enumerate(targets):
             for j, sde in enumerate(sdes):
@@ -119,7 +120,9 @@ def error_vs_steps(
                         title="fitted order",
                         title_fontsize=8.5,
                         fontsize=8.5,
-                        loc="lower left",
+                        loc="upper left",
+                        bbox_to_anchor=(0.0, -0.14),  # below the axis, where no curve runs
+                        borderaxespad=0.0,
                         handlelength=1.2,
                     )
             grid[i, 0].set_ylabel(_metric_label(metric))

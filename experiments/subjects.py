@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,6 +47,11 @@ class Subject(ABC):
     event_shape: tuple[int, ...]
     num_classes: int | None
     suggested: int
+
+    @property
+    def unguided(self) -> Literal["all"] | None:
+        """Labels of samples where neither a label nor guidance is asked for."""
+        return None
 
     @abstractmethod
     def score_of(self, sde: str, condition: Condition) -> ScoreOf:
@@ -139,6 +144,15 @@ class ModelSubject(Subject):
         self.num_classes = min(
             (m.num_classes for m in models.values() if m.num_classes), default=None
         )
+
+    @property
+    def unguided(self) -> Literal["all"] | None:
+        """A class-conditional network is asked for each class in turn.
+
+        Their proportions are then no matter of chance, which would drown a Fréchet distance
+        between a few hundred samples.
+        """
+        return "all" if self.num_classes else None
 
     def score_of(self, sde: str, condition: Condition) -> ScoreOf:
         model = self.models[sde]

@@ -88,10 +88,12 @@ def _target_table(target: str, rows: Rows) -> Table:
     if own:
         table.add_column("own steps", justify="right")
     table.add_column("seconds", justify="right", no_wrap=True)
-    for sde in in_order([row["sde"] for row in rows]):
-        here = [row for row in rows if row["sde"] == sde]
+    several = len({row["guided_by"] for row in rows}) > 1
+    for sde, guided_by in dict.fromkeys((str(r["sde"]), str(r["guided_by"])) for r in rows):
+        here = [row for row in rows if (row["sde"], row["guided_by"]) == (sde, guided_by)]
         table.add_section()
-        table.add_row(Text(_SDE_TITLES.get(sde, sde), style="bold"))
+        title = _SDE_TITLES.get(sde, sde) + (f" · {guided_by}" if several else "")
+        table.add_row(Text(title, style="bold"))
         _add_solvers(table, here, primary, budgets, own)
         _add_floors(table, here, primary, budgets, own)
     return table
@@ -99,9 +101,9 @@ def _target_table(target: str, rows: Rows) -> Table:
 
 def _add_solvers(table: Table, rows: Rows, primary: str, budgets: Sequence[int], own: bool) -> None:
     best = {budget: _best(_at(rows, budget), primary) for budget in budgets}
-    for label in in_order([row["solver_label"] for row in rows]):
-        line = [row for row in rows if row["solver_label"] == label]
-        cells: list[Text] = [Text(f"  {label}")]
+    for spec in in_order([row["spec"] for row in rows]):
+        line = [row for row in rows if row["spec"] == spec]
+        cells: list[Text] = [Text(f"  {spec}")]
         for budget in budgets:
             found = _at(line, budget)
             cells.append(_cell(found[0], primary, best[budget]) if found else Text("·", FAINT))
@@ -147,11 +149,9 @@ def _add_floors(table: Table, rows: Rows, primary: str, budgets: Sequence[int], 
 
 
 def _floor_words(row: Mapping[str, Any], rows: Rows) -> str:
-    laws = {(r["truth"], r.get("condition")) for r in rows}
-    if len(laws) == 1:
+    if len({r["truth"] for r in rows}) == 1:
         return "floor: true vs true"
-    kind = "ODE" if "ODE" in row["truth"] else "SDE" if "SDE" in row["truth"] else "exact"
-    return f"floor, {row.get('condition') or 'unguided'} ({kind})"
+    return f"floor: {'ODE vs ODE' if 'ODE' in row['truth'] else 'SDE vs SDE'}"
 
 
 def _cell(row: Mapping[str, Any], metric: str, best: Mapping[str, Any] | None) -> Text:
@@ -194,10 +194,12 @@ def _caption(rows: Iterable[Mapping[str, Any]]) -> Text:
     first = rows[0]
     repeats = first["repeats"]
     truths = in_order([row["truth"] for row in rows])
-    conditions = in_order([row["condition"] for row in rows])
-    given = f" {conditions[0]}." if len(conditions) == 1 and conditions[0] else ""
+    classes = in_order([row["classes"] for row in rows if row["classes"]])
+    of = f" ({', '.join(classes)})" if classes else ""
+    sampled = in_order([row["guided_by"] for row in rows])
+    guided = f", {sampled[0]}" if len(sampled) == 1 and sampled[0] != "unguided" else ""
     return Text(
-        f"{first['samples'] // repeats:,} samples × {repeats} repeats against "
-        f"{' or '.join(truths)}.{given} Seconds: all samples at the most evaluations.",
+        f"{first['samples'] // repeats:,} samples × {repeats} repeats{of}{guided}, against "
+        f"{'; or '.join(truths)}. Seconds: all samples at the most evaluations.",
         style=FAINT,
     )

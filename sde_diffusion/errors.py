@@ -49,11 +49,13 @@ def require_between(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {value!r}")
 
 
-def require_count(name: str, value: object, *, least: int = 1) -> int:
-    """``value`` as an ``int``; raises unless it is a whole number of at least ``least``."""
+def require_count(name: str, value: object, *, least: int = 1, most: int | None = None) -> int:
+    """``value`` as an ``int``; raises unless it is a whole number in ``least .. most``."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be a whole number, got {value!r} ({type(value).__name__})")
     count = value.__index__()
     if count < least:
         raise ValueError(f"{name} must be at least {least}, got {count}")
+    if most is not None and count > most:
+        raise ValueError(f"{name} must be at most {most}, got {count}")
     return count

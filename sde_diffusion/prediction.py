@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from sde_diffusion.broadcast import expand
@@ -57,6 +58,14 @@ class Prediction:
     @classmethod
     def from_v(cls, x: Tensor, level: NoiseLevel, v: Tensor) -> Prediction:
         return cls(x, level, None, None, None, v)
+
+    def misfit(self) -> torch.Size | None:
+        """The shape of a form given that is not ``x``'s, which arithmetic would broadcast; else
+        ``None``."""
+        for form in (self._x0, self._eps, self._score, self._v):
+            if form is not None and form.shape != self.x.shape:
+                return form.shape
+        return None
 
     @property
     def eps(self) -> Tensor:

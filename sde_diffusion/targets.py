@@ -210,6 +210,10 @@ class _ExactScore:
         self.mixture = mixture
         self.label = label
 
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return (self.mixture.dimension,)
+
     def __call__(self, x: Tensor, level: NoiseLevel) -> Prediction:
         label = None if self.label is None else batch_of_labels(self.label, x)
         return self.mixture.predict(x, level, label)

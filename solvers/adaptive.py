@@ -263,7 +263,7 @@ class _Walk:
         if bool(failed.any()):
             active, solver = self.active, self._run.solver
             # Less what was evaluated before: a slope that is not finite would pass for the state's.
-            state = solver.moved(active.state)
+            state = solver.displaced(active.state)
             raise explain(solver, self._score_fn, active.x, step, state, self._noise)
 
     def _too_many(self) -> RuntimeError:

@@ -116,11 +116,6 @@ class Solver(ABC):
         to ``after`` is rejected: of the structure of ``after``, tensors of ``(B, ...)``."""
         return before
 
-    def moved(self, state: State) -> State:
-        """The state after something else has moved ``x``: less what was evaluated at the old
-        one."""
-        return state
-
     def stages(self, sde: SDE, start: NoiseLevel, end: NoiseLevel) -> tuple[NoiseLevel, ...]:
         """The levels inside a step at which the score will be evaluated; fields as those of
         ``start``."""
@@ -131,13 +126,18 @@ class Solver(ABC):
         ``(N,)``."""
         return ()
 
+    def displaced(self, state: State) -> State:
+        """What to carry on when something else, such as a corrector, has moved ``x``: less what
+        was evaluated at the old one and stands for the new."""
+        return state
+
     @abstractmethod
     def step(self, score_fn: ScoreFn, x: Tensor, step: Step, state: State, noise: Noise) -> Stepped:
         """Advance ``x`` ``(B, *event)`` from ``step.start`` to ``step.end``."""
 
     def coefficients_of(self, step: Step, x: Tensor) -> Coefficients:
         """The step's coefficients, each ready to multiply ``x``."""
-        return step.coefficients or _expanded(self.coefficients(step), x)
+        return step.coefficients or expanded(self.coefficients(step), x)
 
 
 class Corrector(ABC):
@@ -150,7 +150,7 @@ class Corrector(ABC):
 
     def coefficients_of(self, step: Step, level: NoiseLevel, x: Tensor) -> Coefficients:
         """The coefficients that ``step`` carries for this corrector, ready to multiply ``x``."""
-        return step.coefficients or _expanded(self.coefficients(step, level), x)
+        return step.coefficients or expanded(self.coefficients(step, level), x)
 
     @abstractmethod
     def correct(
@@ -231,7 +231,8 @@ def _rows(coefficients: Coefficients, x: Tensor, count: int) -> list[Coefficient
     return list(zip(*columns, strict=True))
 
 
-def _expanded(coefficients: Coefficients, x: Tensor) -> Coefficients:
+def expanded(coefficients: Coefficients, x: Tensor) -> Coefficients:
+    """Coefficients ready to multiply ``x``."""
     return tuple(
-        _expanded(c, x) if isinstance(c, tuple) else expand(c, x).to(x.dtype) for c in coefficients
+        expanded(c, x) if isinstance(c, tuple) else expand(c, x).to(x.dtype) for c in coefficients
     )

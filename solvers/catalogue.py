@@ -105,5 +105,5 @@ def _entry(solver_type: SolverType) -> Entry:
         order=None if isinstance(solver, Corrector) else solver.order,
         settings={} if corrector and not dataclasses.is_dataclass(solver) else settings_of(solver),
         summary=(inspect.getdoc(solver_type) or "").split("\n")[0],
-        adapter=isinstance(solver, Integrator),
+        adapter=solver_type.__module__.startswith(adapters.__name__),
     )

@@ -35,6 +35,11 @@ class CountedScoreFn:
                 f"score_fn must return a Prediction, got {type(prediction).__name__}: "
                 "wrap a network in EpsModel, X0Model, VModel, ScoreModel or EDMModel"
             )
+        if self.nfe == 0 and (wrong := prediction.misfit()) is not None:
+            raise ValueError(
+                f"score_fn gave a prediction of shape {tuple(wrong)} for x of shape "
+                f"{tuple(prediction.x.shape)}; the network's output must have the shape of x"
+            )
         self.nfe += 1
         self.network_passes += self._cost if self._cost_at is None else self._cost_at(level)
 

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sde_diffusion.errors import require_count, require_finite, unknown_name
+from sde_diffusion.prediction import ScoreFn
 from sde_diffusion.sde import SDE
+
+if TYPE_CHECKING:
+    from solvers.base import Solver
+    from solvers.fitted_grid import FittedGrid
 
 Grid = Callable[[SDE, int], Tensor]
 
@@ -80,6 +86,25 @@ def _pinned(times: Tensor, sde: SDE) -> Tensor:
     """``times`` with both ends exactly the SDE's, which a change of variables gives to rounding."""
     times[0], times[-1] = sde.t_max, sde.t_min
     return times
+
+
+def fit(
+    score_fn: ScoreFn,
+    sde: SDE,
+    solver: Solver,
+    steps: int,
+    pilot: int = 64,
+    *,
+    shape: Sequence[int] | None = None,
+    seed: int = 0,
+    evaluations: int = 400,
+) -> FittedGrid:
+    """A grid fitted to a score and a solver on a pilot batch: see ``solvers.fitted_grid.fit``."""
+    from solvers.fitted_grid import fit as fit_grid  # it samples, and sampling needs this module
+
+    return fit_grid(
+        score_fn, sde, solver, steps, pilot, shape=shape, seed=seed, evaluations=evaluations
+    )
 
 
 def _ends(sde: SDE) -> tuple[float, float]:

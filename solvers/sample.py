@@ -70,9 +70,14 @@ def sample(
         ValueError, TypeError: arguments that do not fit, before any work.
         NonFiniteError: the state or the score became NaN or infinite; names the step and time.
     """
-    if not isinstance(solver, (Solver, Integrator)):
-        hint = f": give an instance, {solver.__name__}()" if isinstance(solver, type) else ""
-        raise TypeError(f"solver must be a Solver or an Integrator, got {solver!r}{hint}")
+    if not callable(score_fn):
+        raise TypeError(f"score_fn must be callable, (x, level) -> Prediction, got {score_fn!r}")
+    _require_instance("sde", sde, "an SDE", SDE)
+    _require_instance("solver", solver, "a Solver or an Integrator", Solver, Integrator)
+    if plan is not None:
+        _require_instance("plan", plan, "a Plan", Plan)
+    if noise is not None:
+        _require_instance("noise", noise, "a Noise", Noise)
     if isinstance(solver, Integrator):
         _refuse_for_integrators(plan, compile, trajectory)
         chooses_steps = solver.adaptive
@@ -150,6 +155,8 @@ def _initial(
     else:
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating dtype such as torch.float32, got {dtype!r}")
+        if shape is not None and not isinstance(shape, Sequence):
+            raise TypeError(f"shape must be a sequence (B, *event), got {shape!r}")
         sizes = [require_count(f"shape[{i}]", size) for i, size in enumerate(shape or ())]
         if not sizes:
             raise ValueError("shape must be (B, *event) with at least the batch size, got ()")
@@ -162,6 +169,12 @@ def _initial(
             f"sample_ids must be {len(x)} whole numbers, one per sample, got {_describe(ids)}"
         )
     return x, ids.long()
+
+
+def _require_instance(name: str, value: object, expected: str, *kinds: type) -> None:
+    if not isinstance(value, kinds):
+        hint = f": give an instance, {value.__name__}()" if isinstance(value, type) else ""
+        raise TypeError(f"{name} must be {expected}, got {value!r}{hint}")
 
 
 def _stride(trajectory: bool | int) -> int | None:

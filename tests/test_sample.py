@@ -29,10 +29,12 @@ from sde_diffusion import (
 from sde_diffusion.networks.mlp import MLP
 from solvers import (
     DDIM,
+    DEIS,
     Ancestral,
     Corrector,
     CounterNoise,
     EulerMaruyama,
+    Integrator,
     Langevin,
     Noise,
     PredictorCorrector,
@@ -46,6 +48,7 @@ from solvers import (
     grids,
     sample,
 )
+from solvers.multistep import Multistep
 from tests.problems import SDES, IsotropicScore
 
 
@@ -54,7 +57,7 @@ def native_samplers() -> dict[str, Solver]:
     code differs. A new file in ``solvers/methods`` is tested here without a word."""
     samplers: dict[str, Solver] = {}
     for name, entry in catalogue().items():
-        if entry.adapter:
+        if issubclass(entry.type, Integrator):
             continue
         made = entry.type()
         if isinstance(made, Corrector):
@@ -383,16 +386,21 @@ def test_seeds(sampler: str) -> None:
 
 @pytest.mark.parametrize("sampler", NATIVE)
 def test_noise_is_drawn_if_and_only_if_declared(sampler: str) -> None:
-    solver, sde, drawn = NATIVE[sampler], VPSDE(), set()
+    solver, sde = NATIVE[sampler], VPSDE()
+    drawn: dict[tuple[int, int], Tensor] = {}
 
     class Watching(CounterNoise):
         def __call__(self, x: Tensor, step: Step, slot: int = 0) -> Tensor:
             assert (step.index, slot) not in drawn  # a second draw of a slot would be the same
-            drawn.add((step.index, slot))
-            return super().__call__(x, step, slot)
+            drawn[step.index, slot] = super().__call__(x, step, slot)
+            return drawn[step.index, slot]
 
-    sample(IsotropicScore(), sde, solver, shape=(2, 2), steps=5, noise=Watching(0))
-    assert {index for index, _ in drawn} == (set(range(5)) if solver.stochastic else set())
+    noise = Watching(0)
+    sample(IsotropicScore(), sde, solver, shape=(2, 2), steps=5, noise=noise)
+    assert bool(drawn) == solver.stochastic
+    # No number comes twice: not in another sample, step or slot, nor in the initial state.
+    every = torch.stack([noise.prior(torch.empty(2, 2)), *drawn.values()])
+    assert len(every.unique()) == every.numel()
 
 
 @pytest.mark.parametrize("sampler", NATIVE)
@@ -519,6 +527,12 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"shape": (3, 2), "trajectory": -2}, ValueError, "trajectory must be at least 1"),
     ({"shape": (3, 2), "solver": EulerMaruyama}, TypeError, r"instance, EulerMaruyama\(\)"),
     ({"shape": (3, 2), "solver": "ddim"}, TypeError, "solver must be a Solver .* 'ddim'"),
+    ({"shape": 3}, TypeError, r"shape must be a sequence \(B, \*event\), got 3"),
+    ({"shape": (3, 2), "plan": "adaptive"}, TypeError, "plan must be a Plan, got 'adaptive'"),
+    ({"shape": (3, 2), "noise": torch.randn}, TypeError, "noise must be a Noise, got"),
+    ({"shape": (3, 2), "sde": VPSDE}, TypeError, r"sde must be an SDE.*instance, VPSDE\(\)"),
+    ({"shape": (3, 2), "sde": "vp"}, TypeError, "sde must be an SDE, got 'vp'"),
+    ({"shape": (3, 2), "score_fn": None}, TypeError, "score_fn must be callable.*got None"),
     ({"shape": (3, 2), "solver": Langevin()}, TypeError, "solver must be a Solver .* Langevin"),
 ]
 
@@ -528,16 +542,27 @@ def test_refused_before_any_work(
     options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     counting = Counting(IsotropicScore())
-    given = {"solver": DDIM(), "steps": 4, **options}
-    solver = given.pop("solver")
+    given = {"score_fn": counting, "sde": VPSDE(), "solver": DDIM(), "steps": 4, **options}
     with pytest.raises(error, match=message):
-        sample(counting, VPSDE(), solver, **given)
+        sample(**given)
     assert counting.calls == 0
 
 
 def test_a_network_that_was_not_wrapped() -> None:
     with pytest.raises(TypeError, match="score_fn must return a Prediction, got Tensor: wrap"):
         sample(lambda x, level: x, VPSDE(), DDIM(), shape=(2, 2), steps=3)  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize("form", ["x0", "eps", "score", "v"])
+@pytest.mark.parametrize("index", [(slice(None), 0), (slice(None), slice(1)), (slice(2),)])
+def test_a_prediction_that_would_be_broadcast(form: str, index: Any) -> None:
+    """``(B,)`` and ``(B, 1)`` fit arithmetic with ``(B, D)``, and the samples would be wrong."""
+
+    def score_fn(x: Tensor, level: NoiseLevel) -> Prediction:
+        return getattr(Prediction, f"from_{form}")(x, level, x[index])
+
+    with pytest.raises(ValueError, match=r"prediction of shape .* for x of shape \(3, 3\)"):
+        sample(score_fn, VPSDE(), DDIM(), shape=(3, 3), steps=3)
 
 
 def test_a_state_of_a_shape_that_the_target_does_not_have() -> None:
@@ -616,12 +641,12 @@ def test_a_passing_nan_is_reported_though_a_replay_does_not_show_it() -> None:
 
 
 def test_a_diverging_update_is_told_apart_from_a_broken_score() -> None:
-    """Euler on a stiff line: ``1 - 1000`` a step, finite scores throughout; float32 ends at 3e38,
-    after 13 steps."""
+    """Ten times the state at each step, with finite scores throughout: float32 ends at 3e38, in the
+    39th step, so that the replay must begin from the state after the 32nd, not from the first."""
 
     @dataclass(frozen=True)
     class Diverging(Solver):
-        """Multiplies by 1000."""
+        """Multiplies by 10."""
 
         order = 1
         stochastic = False
@@ -630,7 +655,7 @@ def test_a_diverging_update_is_told_apart_from_a_broken_score() -> None:
             self, score_fn: ScoreFn, x: Tensor, step: Step, state: Any, noise: Noise
         ) -> Stepped:
             score_fn(x, step.start)
-            return Stepped(1000 * x, state)
+            return Stepped(10 * x, state)
 
     def score_fn(x: Tensor, level: NoiseLevel) -> Prediction:
         return Prediction.from_eps(x, level, torch.zeros_like(x))
@@ -639,9 +664,9 @@ def test_a_diverging_update_is_told_apart_from_a_broken_score() -> None:
     with pytest.raises(
         NonFiniteError, match=r"the score was finite, so use more steps.*"
     ) as raised:
-        sample(score_fn, VPSDE(), Diverging(), x=x, steps=20)
-    assert raised.value.step == 12
-    assert sample(score_fn, VPSDE(), Diverging(), x=x, steps=12).x.max() == pytest.approx(1e36)
+        sample(score_fn, VPSDE(), Diverging(), x=x, steps=40)
+    assert raised.value.step == 38
+    assert sample(score_fn, VPSDE(), Diverging(), x=x, steps=38).x.max() == pytest.approx(1e38)
 
 
 # --- a solver of one's own -----------------------------------------------------------------------
@@ -674,14 +699,20 @@ def test_a_solver_in_ten_lines() -> None:
     assert own.nfe == 9
 
 
-@pytest.mark.parametrize("sampler", [*NATIVE, "own"])
+@pytest.mark.parametrize("sampler", [*NATIVE, "own", "multistep"])
 def test_steps_by_hand_equal_the_loop(sampler: str) -> None:
     """Steps made from two levels, 0-d or one per sample; a method that evaluates inside a step is
-    given its ``stages``. Coefficients of the loop are the same in float64, to rounding."""
+    given its ``stages``. A multistep method knows no earlier levels there and is of order 1, so
+    DDIM. Coefficients of the loop are the same in float64, to rounding."""
     mixture, sde = named_target("ring"), VPSDE()
-    solver = {**NATIVE, "own": EulerODE()}[sampler]
+    solver = {**NATIVE, "own": EulerODE(), "multistep": PredictorCorrector(DEIS(4))}[sampler]
     score_fn, noise, n = mixture.score_fn(sde), CounterNoise(3), 5
-    run = sample(score_fn, sde, solver, shape=(4, 2), steps=n, seed=3, dtype=torch.float64)
+    same = solver
+    if isinstance(solver, Multistep):
+        same = DDIM()
+    elif sampler == "multistep":
+        same = PredictorCorrector(DDIM())
+    run = sample(score_fn, sde, same, shape=(4, 2), steps=n, seed=3, dtype=torch.float64)
     for width in (None, 4):
         x = noise.prior(torch.empty(4, 2, dtype=torch.float64))
         state = solver.init(x)

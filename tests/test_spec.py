@@ -15,9 +15,7 @@ from solvers import (
     catalogue,
 )
 
-NESTED = (
-    "predictor_corrector:predictor=euler_maruyama(eta=0.5),corrector=langevin(snr=0.1,steps=2)"
-)
+NESTED = "predictor_corrector:predictor=euler_maruyama(eta=0.5),corrector=langevin(snr=0.1,steps=2)"
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ class _EmbeddedPair(Solver):
         _, first = after
         return first, first
 
-    def moved(self, state: State) -> State:
+    def displaced(self, state: State) -> State:
         return ()
 
     def stages(self, sde: SDE, start: NoiseLevel, end: NoiseLevel) -> tuple[NoiseLevel, ...]:

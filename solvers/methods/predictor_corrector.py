@@ -55,12 +55,15 @@ class PredictorCorrector(Solver):
         return self.predictor.coefficients(step), self.corrector.coefficients(step, level)
 
     def step(self, score_fn: ScoreFn, x: Tensor, step: Step, state: State, noise: Noise) -> Stepped:
-        mine, theirs = self.coefficients_of(step, x)
-        predicting = Step(step.index, step.start, step.end, step.stages, mine)
-        correcting = Step(step.index, step.start, step.end, step.stages, theirs)
+        predicting = correcting = step
+        if step.coefficients:
+            mine, theirs = step.coefficients
+            predicting = Step(step.index, step.start, step.end, step.stages, mine)
+            correcting = Step(step.index, step.start, step.end, step.stages, theirs)
         if self.first == "corrector":
             x = self.corrector.correct(score_fn, x, step.start, correcting, noise)
-            return self.predictor.step(score_fn, x, predicting, self.predictor.moved(state), noise)
+            state = self.predictor.displaced(state)
+            return self.predictor.step(score_fn, x, predicting, state, noise)
         predicted = self.predictor.step(score_fn, x, predicting, state, noise)
         x = self.corrector.correct(score_fn, predicted.x, step.end, correcting, noise)
-        return Stepped(x, self.predictor.moved(predicted.state))
+        return Stepped(x, self.predictor.displaced(predicted.state), predicted.error)
