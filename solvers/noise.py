@@ -97,8 +97,8 @@ class CounterNoise(Noise):
         return block.values[index - block.first]
 
     def normal_at(self, x: Tensor, places: Tensor, slot: int) -> Tensor:
-        """Standard normal like ``x`` where each sample has its own index: ``(B,)`` long."""
-        return self._at(x, places[None], slot)[0]
+        """Standard normals ``(n, *x.shape)`` at places ``(n, B)``, long: each sample's own."""
+        return self._at(x, places, slot)
 
     def _draw(self, x: Tensor, index: int, ahead: int, slot: int) -> Tensor:
         """``(ahead, B, *event)`` normals for steps ``index ..``."""
@@ -221,8 +221,7 @@ class BrownianPath(Noise):
                 f"step {step.index} leaves it, from t={float(step.start.t.max()):g} to "
                 f"{float(step.end.t.min()):g}"
             )
-        value, integral = self._value(wide, start)
-        value_end, integral_end = self._value(wide, end)
+        (value, value_end), (integral, integral_end) = self._values(wide, torch.stack([start, end]))
         width = expand(torch.exp(-2 * start) - torch.exp(-2 * end), wide)
         increment = value - value_end
         area = 0.5 * increment - ((integral - integral_end) / width - value_end)
@@ -236,24 +235,33 @@ class BrownianPath(Noise):
             self.sde, self._counter.seed, self._counter.select(indices).sample_ids, self.depth
         )
 
-    def _value(self, wide: Tensor, half_log_snr: Tensor) -> tuple[Tensor, Tensor]:
-        """The path at levels ``(B,)``, above its value at ``t_min``, and its integral over the
-        clock from there; float64, for differences of near points."""
+    def _values(self, wide: Tensor, half_log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        """The path at levels ``(n, B)``, above its value at ``t_min``, and its integral over the
+        clock from there, ``(n, B, *event)``; float64, for differences of near points.
+
+        One walk down the tree for all ``n``: where levels share a branch nothing is saved but the
+        calls, which are what small events cost.
+        """
+        event = (1,) * (wide.ndim - 1)
+
+        def spread(field: Tensor) -> Tensor:
+            return field.reshape(field.shape + event)
+
         low, high = (torch.full_like(half_log_snr, end) for end in self._range)
         node = torch.ones_like(half_log_snr, dtype=torch.long)
         left, right = torch.exp(-2 * high), torch.exp(-2 * low)  # of the clock
-        width = expand(right - left, wide)
+        width = spread(right - left)
         increment = width.sqrt() * self._counter.normal_at(wide, node, 0)
         area = (width / 12).sqrt() * self._counter.normal_at(wide, node, AREA)
-        value, integral = torch.zeros_like(wide), torch.zeros_like(wide)  # at the left end
+        value, integral = torch.zeros_like(area), torch.zeros_like(area)  # at the left end
         for _ in range(self.depth):
             middle = 0.5 * (low + high)
             clock = torch.exp(-2 * middle)
-            a, b = expand(clock - left, wide), expand(right - clock, wide)
+            a, b = spread(clock - left), spread(right - clock)
             node = 2 * node
             first = self._bridged(wide, node, a, b, increment, area)
             upper = half_log_snr < middle
-            goes = upper.reshape(upper.shape + (1,) * (wide.ndim - 1))
+            goes = spread(upper)
             rest = increment - first[0]
             # The integral over the whole is that over both parts.
             whole = (a + b) * area - a * first[1] + 0.5 * (a * increment - (a + b) * first[0])
@@ -266,7 +274,7 @@ class BrownianPath(Noise):
             low, high = torch.where(upper, low, middle), torch.where(upper, middle, high)
             node = node + ~upper
         place = torch.exp(-2 * half_log_snr).clamp(left, right)
-        a, b = expand(place - left, wide), expand(right - place, wide)
+        a, b = spread(place - left), spread(right - place)
         share = a / (a + b)
         part = share * increment + 6 * share * (1 - share) * area
         integral = integral + a * (value + share**2 * area + 0.5 * part)

@@ -49,6 +49,7 @@ from solvers import (
     sample,
 )
 from solvers.multistep import Multistep
+from solvers.noise import AREA
 from tests.problems import SDES, IsotropicScore
 
 
@@ -430,7 +431,7 @@ def test_event_shapes(sampler: str, event: tuple[int, ...]) -> None:
     draw = {
         (i, slot): torch.randn(b, *event, generator=generator, dtype=torch.float64)
         for i in range(steps)
-        for slot in range(3)
+        for slot in (AREA, 0, 1, 2)
     }
     x = torch.randn(b, *event, generator=generator, dtype=torch.float64)
     run = sample(IsotropicScore(), sde, solver, x=x, steps=steps, noise=RecordedNoise(draw))
