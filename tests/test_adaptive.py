@@ -319,7 +319,13 @@ def test_strong_order_of_the_stochastic_pairs(method: str, order: float) -> None
 
 @pytest.mark.parametrize("method", STOCHASTIC)
 def test_rejected_steps_do_not_bias_the_variance(method: str) -> None:
-    """At a loose tolerance, within 5 standard errors; the mean too."""
+    """At a loose tolerance, within 5 standard errors; the mean too.
+
+    Over 40,000 samples the variance came out 1.009 (ImprovedEuler) and 1.067 (SRA1) +- 0.007 of the
+    exact one; the latter is discretisation, at a tolerance of 0.02 it is 1.017 +- 0.013. Fresh
+    noise after a rejection gave 1.13 and 0.98; that SRA1 stays on its path is shown by
+    ``test_tolerances_converge_on_one_path``.
+    """
     sde, n = VPSDE(), 4000
     target = GaussianMixture(torch.zeros(1, 1), torch.tensor([0.25]))
     run = sample(

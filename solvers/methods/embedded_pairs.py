@@ -79,8 +79,7 @@ class _EmbeddedPair(Solver):
     With ``sin = sigma / sqrt(alpha^2 + sigma^2)`` every linear SDE's probability-flow ODE (Karras
     et al. 2022, arXiv:2206.00364, eq. 4) is ``dz/dlambda = -sin (eps - sin z)``. Its right-hand
     side vanishes at both ends, where z is the noise and the data; in ``y = x / alpha`` over lambda
-    that of the noisy end grows like ``exp(-lambda)``, and at a tolerance of 1e-6 on ``ring`` a run
-    takes 1.6 to 1.8 times the evaluations.
+    that of the noisy end grows like ``exp(-lambda)``.
 
     The slope at a step's end is carried over (first same as last): a step costs stages - 1
     evaluations, a run one more; a step tried again costs no more.
