@@ -34,8 +34,12 @@ def solver_tables() -> list[Table]:
         "Schedulers of diffusers", "for --solver diffusers:NAME or diffusers:NAME:setting=value"
     )
     for entry in peers().values():
-        name = entry.name.removeprefix(PREFIX)
-        schedulers.add_row(name, *_row(entry, f"{entry.kind}, order {entry.order}")[1:])
+        schedulers.add_row(
+            entry.name.removeprefix(PREFIX),
+            f"{entry.kind}, order {entry.order}",
+            Text(", ".join(entry.settings)),
+            Text(_first_sentence(entry.type)),
+        )
     return [solvers, correctors, schedulers]
 
 

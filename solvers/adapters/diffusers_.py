@@ -39,9 +39,11 @@ PREFIX = "diffusers:"
 CHAIN_LEVELS = 1000
 _SAME_LEVEL = 1e-3  # relative; float32 tables are off by 1e-4 where alpha_bar is near 1
 _LEAST_VARIANCE = 1e-6  # 1 - alpha_bar that float32 tells from 0 with an error of some per cent
+# Fixed by the SDE: the chain, its range, and that it is no flow-matching path.
 _GIVEN_BY_THE_SDE = frozenset({
-    "beta_end", "beta_schedule", "beta_start", "lambda_min_clipped", "num_train_timesteps",
-    "rescale_betas_zero_snr", "sigma_max", "sigma_min", "trained_betas",
+    "beta_end", "beta_schedule", "beta_start", "flow_shift", "lambda_min_clipped",
+    "num_train_timesteps", "rescale_betas_zero_snr", "shift_terminal", "sigma_max", "sigma_min",
+    "time_shift_type", "trained_betas", "use_dynamic_shifting", "use_flow_sigmas",
 })  # fmt: skip
 _GIVEN_BY_THE_LOOP = frozenset({
     "generator", "model_output", "return_dict", "sample", "self", "timestep", "variance_noise",
