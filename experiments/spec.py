@@ -2,7 +2,7 @@
 
 The grammar, with settings by the names of a solver's own fields::
 
-    spec     = name [":" settings]
+    spec     = name [":" settings]             (name may be diffusers:ClassName)
     settings = key "=" value {"," key "=" value}
     value    = a number, a word, or, where a setting is itself a solver: name ["(" settings ")"]
 
@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 from sde_diffusion.errors import unknown_name
 from solvers import Corrector, Integrator, Solver, catalogue
-from solvers.catalogue import named, snake_case
+from solvers.adapters.diffusers_ import PREFIX
+from solvers.catalogue import name_of, named
 
 Component = Solver | Corrector | Integrator
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -32,6 +33,9 @@ def parse_solver(text: str, argument: str = "--solver") -> Solver | Integrator:
             not fit, or a corrector, which samples only within ``predictor_corrector``.
     """
     name, colon, rest = text.strip().partition(":")
+    if name + colon == PREFIX:
+        name, colon, rest = rest.partition(":")
+        name = PREFIX + name
     if "(" in name:  # the nested form is understood at the top as well
         name, settings = _call(text.strip(), argument)
     else:
@@ -51,7 +55,7 @@ def parse_solver(text: str, argument: str = "--solver") -> Solver | Integrator:
 
 def spec_of(solver: Component, *, nested: bool = False) -> str:
     """The shortest text that :func:`parse_solver` turns into ``solver``."""
-    name = snake_case(type(solver).__name__)
+    name = name_of(type(solver))
     shown = []
     for item in _fields(type(solver)).values():
         value = getattr(solver, item.name)
@@ -67,7 +71,7 @@ def _build(name: str, settings: dict[str, str], argument: str) -> Component:
     name = name.strip()
     try:
         kind: Any = named(name)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise ValueError(f"{argument}: {error}") from None
     fields = _fields(kind)
     hints = _hints(kind)

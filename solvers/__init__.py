@@ -6,6 +6,7 @@ Every class in ``solvers.methods`` and ``solvers.adapters`` is importable from h
 from typing import Any
 
 from solvers import grids
+from solvers.adapters.diffusers_ import diffusers_scheduler
 from solvers.base import Corrector, Integrator, Solver, Step, Stepped, make_steps
 from solvers.catalogue import catalogue
 from solvers.noise import BrownianPath, CounterNoise, Noise, RecordedNoise
@@ -27,6 +28,7 @@ __all__ = [
     "Step",
     "Stepped",
     "catalogue",
+    "diffusers_scheduler",
     "grids",
     "make_steps",
     "sample",
