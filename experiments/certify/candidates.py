@@ -99,7 +99,9 @@ def _variants(name: str, kind: Any) -> list[dict[str, Any]]:
         elif typing.get_origin(hints.get(item.name)) is Literal:
             choices[item.name] = typing.get_args(hints[item.name])
     keys = list(choices)
-    return [{}, *(dict(zip(keys, values, strict=True)) for values in product(*choices.values()))]
+    combined = [dict(zip(keys, values, strict=True)) for values in product(*choices.values())]
+    # Without noise the ways to scale it are one.
+    return [{}, *(c for c in combined if c.get("eta") != 0 or c.get("variance") != "large")]
 
 
 def _made(kind: Any, settings: dict[str, Any]) -> Component | None:
