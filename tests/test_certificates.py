@@ -18,6 +18,7 @@ from experiments.certify.candidates import Candidate, catalogue_candidates, name
 from experiments.certify.checks import QUICK, Certificate, converge
 from experiments.cli import app
 from solvers import (
+    DEIS,
     DPMSolverPP,
     EulerMaruyama,
     Langevin,
@@ -45,9 +46,7 @@ def failed(certificate: Certificate) -> dict[str, str]:
 def test_every_solver_of_the_catalogue_earns_its_certificate(name: str) -> None:
     certificate = orders.certify(CANDIDATES[name], BENCH, QUICK)
     assert failed(certificate) == {}
-    assert certificate.get("nfe") and certificate.get("split") and certificate.get("short")
-    if certificate.order:
-        assert certificate.get("limit")
+    assert {check.key for check in certificate.checks} >= {"limit", "nfe", "split", "short"}
 
 
 def test_candidates_are_the_catalogue_in_every_order() -> None:
@@ -69,22 +68,18 @@ def test_the_stochastic_multistep_method_declares_what_it_can_keep() -> None:
 
 
 @dataclass(frozen=True)
-class SigmaAtTheWrongEnd(DPMSolverPP):
-    """The step's last factor holds the sigma of the step's start (a library's order-1 slip)."""
+class SigmaAtTheWrongEnd(DEIS):
+    """The factor of an exponential step's integral is the sigma of its start, not of its end."""
 
     def coefficients(self, step: Step) -> Any:
-        (ratio,), weights, repair = super().coefficients(step)
-        h = step.end.half_log_snr - step.start.half_log_snr
-        slip = 1 + 0.5 * h * (step.end.sigma / step.start.sigma - 1)
-        return (ratio,), (weights[0], weights[1] * slip, *weights[2:]), repair
-
-    def ratio(self, start: Any, end: Any) -> Any:
-        return end.sigma / start.sigma * (1 - 1e-1 * (end.half_log_snr - start.half_log_snr) ** 2)
+        propagators, weights, repair = super().coefficients(step)
+        slip = step.start.sigma / step.end.sigma
+        return propagators, tuple(weight * slip for weight in weights), repair
 
 
 @dataclass(frozen=True)
 class WithoutTheFactorTwo(DPMSolverPP):
-    """Third order whose second difference is taken for the second derivative's half twice over."""
+    """Third order with half the second difference's weight (Lu et al.'s code)."""
 
     order: int = 3
 
@@ -191,10 +186,11 @@ def fitted(error_at: Callable[[int], float], declared: float) -> tuple[float | N
 
 def test_slopes_are_those_of_the_finest_grids_above_rounding() -> None:
     slope, last = fitted(lambda n: n**-2.0 + 1e3 * n**-4.0, 2)
-    assert slope == pytest.approx(2, abs=0.2)
+    assert slope == pytest.approx(2, abs=0.25)
     # A lower order that shows only on fine grids is seen: a miss refines, to the most there is.
-    slope, last = fitted(lambda n: 1e-3 * n**-2.0 + n**-3.0, 3)
-    assert slope is not None and slope < 2.75
+    slope, last = fitted(lambda n: 1e-2 * n**-2.0 + n**-3.0, 3)
+    assert slope is not None
+    assert slope < 2.75
     assert last >= 1600
     # Down at rounding, coarser grids speak; an exact method has no slope and passes.
     slope, _ = fitted(lambda n: n**-8.0 + 1e-15, 4)
@@ -253,7 +249,8 @@ def test_a_users_own_class(here: Path) -> None:
     assert "1 certified, all pass" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 110
     written = json.loads((here / "mine" / "orders.json").read_text())
-    assert written["status"] == "finished" and written["passed"] is True
+    assert written["status"] == "finished"
+    assert written["passed"] is True
     assert written["environment"]["versions"]["torch"] == torch.__version__
     (certificate,) = written["certificates"]
     assert certificate["name"] == "my_certified:Mine"
@@ -325,6 +322,8 @@ def test_a_solver_that_is_not_affine_is_judged_by_samples() -> None:
 
     certificate = certificate_of(Curved())
     check = certificate.get("uniform")
-    assert check is not None and check.passed is None and "not affine" in check.note
+    assert check is not None
+    assert check.passed is None
+    assert "not affine" in check.note
     assert certificate.get("limit") is not None
     assert named_candidate("ddim").solver == CANDIDATES["ddim"].solver
