@@ -110,6 +110,7 @@ QUICK = Sizes(
     laws=("vp", "ve"),
     paths=("vp",),
     tolerances=(1e-4, 1e-6),
+    most=1600,
     scale=0.75,
 )
 
@@ -196,6 +197,8 @@ def flow_order(solver: Solver | Integrator, bench: Bench, sizes: Sizes) -> list[
     curves: dict[str, list[Curve]] = {"uniform": [], "uneven": [], "start": []}
     for target, name in sizes.flows:
         for key, grid in (("uniform", "uniform"), ("uneven", "uneven"), ("start", "uniform")):
+            if key == "start" and name == "subvp":
+                continue  # order 4 is at rounding there before its slope has settled
             problem = bench.flow(target, name, from_middle=key == "start")
 
             def error(n: int, problem: FlowProblem = problem, grid: str = grid) -> float:
@@ -394,9 +397,10 @@ def evaluations(solver: Solver | Integrator, bench: Bench, sizes: Sizes) -> list
     reported, own = [], []
     for n in (8, 16):
         score_fn = counted(problem.score_fn)
-        run = sample(score_fn, problem.sde, solver, x=problem.x, steps=None if adaptive else n)
+        x = problem.x[:3]
+        run = sample(score_fn, problem.sde, solver, x=x, steps=None if adaptive else n)
         reported.append(float(run.nfe))
-        own.append(score_fn.rows / len(problem.x))
+        own.append(score_fn.rows / len(x))
         if adaptive:
             break
     passed = all(math.isclose(a, b) for a, b in zip(reported, own, strict=True))
@@ -415,7 +419,7 @@ def evaluations(solver: Solver | Integrator, bench: Bench, sizes: Sizes) -> list
 def splitting(solver: Solver | Integrator, bench: Bench, sizes: Sizes) -> list[Check]:
     """A batch in three parts and in another order of parts gives the same samples, bit by bit."""
     adaptive = isinstance(solver, Integrator) and solver.adaptive
-    total, cuts = (5, ((0, 1), (1, 5))) if adaptive else (13, ((5, 13), (0, 1), (1, 5)))
+    total, cuts = (3, ((0, 1), (1, 3))) if adaptive else (13, ((5, 13), (0, 1), (1, 5)))
     worst = 0.0
     for name in ("vp", "ve"):
         problem = bench.flow("ring", name)
@@ -446,7 +450,7 @@ def short_runs(solver: Solver | Integrator, bench: Bench, sizes: Sizes) -> list[
     for name in ("vp", "ve", "subvp"):
         sde = bench.sde(name)
         score_fn = named_target("gmm16").score_fn(sde)
-        for n in (1, 2):
+        for n in (1,) if adaptive else (1, 2):
             settings: dict[str, Any] = {"shape": (2 if adaptive else 8, 16), "steps": n}
             run = sample(score_fn, sde, solver, **settings)
             largest = max(largest, float(run.x.abs().max()))

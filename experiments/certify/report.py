@@ -120,7 +120,7 @@ def _panels(certificates: Sequence[Certificate]) -> dict[str, list[tuple[str, Cu
         for certificate in certificates:
             if _family(certificate.name) == family:
                 found = certificate.get("uneven") or certificate.get("limit")
-                if found is not None and found.curves:
+                if found is not None and found.curves and certificate.order:
                     label = certificate.name.removeprefix(family).lstrip(":") or "default"
                     lines.append((label, found.curves[0]))
         if lines:
