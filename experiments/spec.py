@@ -39,7 +39,7 @@ def parse_solver(text: str, argument: str = "--solver") -> Solver | Integrator:
     if "(" in name:  # the nested form is understood at the top as well
         name, settings = _call(text.strip(), argument)
     else:
-        settings = _settings(rest, argument)
+        settings = read_settings(rest, argument)
         if colon and not settings:
             raise ValueError(
                 f"{argument} {text!r}: no settings after the colon; leave the colon out"
@@ -73,6 +73,11 @@ def _build(name: str, settings: dict[str, str], argument: str) -> Component:
         kind: Any = named(name)
     except (ValueError, ImportError) as error:
         raise ValueError(f"{argument}: {error}") from None
+    return construct(kind, name, settings, argument)
+
+
+def construct(kind: Any, name: str, settings: dict[str, str], argument: str) -> Component:
+    """A solver of class ``kind``, called ``name`` in messages, with settings given as text."""
     fields = _fields(kind)
     hints = _hints(kind)
     values = {}
@@ -137,7 +142,7 @@ def _convert(text: str, hint: Any, what: str) -> Any:
     raise ValueError(f"{what} cannot be set from the command line, got {text!r}; use Python")
 
 
-def _settings(text: str, argument: str) -> dict[str, str]:
+def read_settings(text: str, argument: str) -> dict[str, str]:
     """``a=1,b=f(c=2,d=3)`` as ``{"a": "1", "b": "f(c=2,d=3)"}``."""
     settings: dict[str, str] = {}
     for part in _split(text, argument):
@@ -176,7 +181,7 @@ def _call(text: str, argument: str) -> tuple[str, dict[str, str]]:
         return name, {}
     if not rest.endswith(")"):
         raise ValueError(f"{argument}: write name(key=value,...), got {text!r}")
-    return name, _settings(rest[:-1], argument)
+    return name, read_settings(rest[:-1], argument)
 
 
 def _fields(kind: type[Component]) -> dict[str, dataclasses.Field[Any]]:

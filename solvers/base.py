@@ -95,6 +95,11 @@ class Solver(ABC):
     def stochastic(self) -> bool:
         """Whether ``step`` draws noise."""
 
+    @property
+    def weak_order(self) -> int:
+        """Declared order of mean and variance, where ``order`` says something else."""
+        return self.order
+
     def init(self, x: Tensor) -> State:
         """What the solver carries from step to step, before the first."""
         return ()
@@ -153,6 +158,11 @@ class Integrator(ABC):
     @abstractmethod
     def stochastic(self) -> bool:
         """Whether noise is drawn."""
+
+    @property
+    def weak_order(self) -> int:
+        """Declared order of mean and variance, where ``order`` says something else."""
+        return self.order
 
     @property
     @abstractmethod
