@@ -22,7 +22,7 @@ from sde_diffusion.prediction import ScoreFn, select
 from solvers import BrownianPath, CounterNoise, Integrator, Noise, Solver, Step, sample
 
 ROUNDING = 1e-13  # of float64, in some hundred steps at states of size 1
-REFERENCE_ERROR = 5e-13  # of DOP853 at rtol 1e-12: a hundredth of what rtol 1e-10 is off by
+REFERENCE_ERROR = 5e-13  # of DOP853 at rtol 1e-12; rtol 1e-10 differs from it by 3e-12 to 4e-11
 _MEAN, _VARIANCE = 0.7, 0.4
 _GRIDS = {"uniform": uniform_grid, "uneven": warped_grid}
 _MIDDLE = 0.5  # of the way in log-SNR
