@@ -1,4 +1,4 @@
-"""The command line: ``sde-diffusion compare | steps | train | sample | solvers | targets``.
+"""The command line: ``sde-diffusion compare | steps | orders | train | sample | ...``.
 
 Nothing heavy is imported until a command runs, so that ``--help`` answers at once.
 """
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from experiments.failures import OneLineGroup, guarded
+from experiments.failures import FAILED, OneLineGroup, guarded
 
 app = typer.Typer(
     name="sde-diffusion",
@@ -198,6 +198,42 @@ def steps(
             out=out,
         )
     )
+
+
+@app.command()
+@guarded
+def orders(
+    solver: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=SOLVER_HELP + " Or your own: package.module:Class, from here or installed. "
+            "Default: the whole catalogue, in several settings."
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Default settings, fewer problems, coarser grids.")
+    ] = False,
+    out: Annotated[
+        str | None, typer.Option(help=OUT_HELP + " Default: runs/orders-…, by the options.")
+    ] = None,
+) -> None:
+    """Certify solvers: does each have the order, the limit and the cost it declares?
+
+    Measured in float64 on problems with known answers: order on the ODE, weak and strong order on
+    a Gaussian, start-up, the limit, evaluations, independence of the batch, runs of one and two
+    steps. Writes orders.json and orders.png. Exit code 1 if a solver fails.
+
+    [bold]Examples[/bold]
+
+      sde-diffusion orders
+
+      sde-diffusion orders --solver dpm_solver_pp:order=3 --solver mine:MySolver
+    """
+    from experiments.certify.orders import OrdersOptions
+    from experiments.commands import run_orders
+
+    if not run_orders(OrdersOptions(solver or (), quick, out)):
+        raise typer.Exit(FAILED)
 
 
 @app.command()

@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments import compare, generate, steps
+from experiments.certify import orders
+from experiments.certify.report import draw_orders, tables
 from experiments.galleries import draw_pictures
 from experiments.plots import error_vs_steps
 from experiments.progress import ProgressBar
@@ -48,6 +50,24 @@ def run_steps(options: steps.StepsOptions) -> None:
     console = make_console()
     console.print(_slope_table(plan.subject.name, options.grid, fitted))
     _wrote(console, folder.path, ["results.json", steps.PICTURE], started)
+
+
+def run_orders(options: orders.OrdersOptions) -> bool:
+    """``sde-diffusion orders``; whether every solver passed."""
+    started = time.monotonic()
+    plan = orders.make_plan(options)
+    with ProgressBar() as bar:
+        file, certificates = orders.run(plan, bar)
+        bar.now("picture")
+        drawn = draw_orders(file.path / orders.PICTURE, certificates)
+    console = make_console()
+    for table in tables(certificates):
+        console.print(table)
+    failed = [certificate.name for certificate in certificates if not certificate.passed]
+    verdict = "all pass" if not failed else f"{len(failed)} fail: {', '.join(failed)}"
+    console.print(f"{len(certificates)} certified, {verdict}")
+    _wrote(console, file.path, [orders.ORDERS, *([orders.PICTURE] if drawn else [])], started)
+    return not failed
 
 
 def run_sample(options: generate.SampleOptions) -> None:

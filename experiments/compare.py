@@ -21,7 +21,7 @@ from experiments.subjects import ExactSubject, Subject, SubjectOptions, make_sub
 from sde_diffusion import NonFiniteError
 from sde_diffusion.errors import require_count
 from solvers import Integrator, ProbabilityFlow, Solver, grids
-from solvers.catalogue import settings_of, snake_case
+from solvers.catalogue import name_of, settings_of
 
 SOLVERS = ("ancestral", "euler_maruyama", "predictor_corrector", "probability_flow")
 BUDGETS = (10, 20, 50, 100)
@@ -288,7 +288,7 @@ def _row(
     cell, options = planned.cell, plan.options
     size = plan.sizes[planned.subject.name]
     return Row(
-        solver=snake_case(type(cell.solver).__name__),
+        solver=name_of(type(cell.solver)),
         settings=settings_of(cell.solver),
         sde=cell.sde,
         target=planned.subject.name,

@@ -10,7 +10,8 @@ from rich.text import Text
 
 from sde_diffusion import TARGETS
 from sde_diffusion.checkpoints import describe, shipped_models
-from solvers.catalogue import Entry, catalogue
+from solvers.adapters.diffusers_ import PREFIX
+from solvers.catalogue import Entry, catalogue, peers
 
 
 def solver_tables() -> list[Table]:
@@ -27,7 +28,19 @@ def solver_tables() -> list[Table]:
     for entry in entries:
         if entry.kind == "corrector":
             correctors.add_row(*_row(entry, "corrector"))
-    return [solvers, correctors]
+    if not peers():
+        return [solvers, correctors]
+    schedulers = _table(
+        "Schedulers of diffusers", "for --solver diffusers:NAME or diffusers:NAME:setting=value"
+    )
+    for entry in peers().values():
+        schedulers.add_row(
+            entry.name.removeprefix(PREFIX),
+            f"{entry.kind}, order {entry.order}",
+            Text(", ".join(entry.settings)),
+            Text(_first_sentence(entry.type)),
+        )
+    return [solvers, correctors, schedulers]
 
 
 def target_table() -> Table:

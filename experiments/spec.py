@@ -2,7 +2,7 @@
 
 The grammar, with settings by the names of a solver's own fields::
 
-    spec     = name [":" settings]
+    spec     = name [":" settings]             (name may be diffusers:ClassName)
     settings = key "=" value {"," key "=" value}
     value    = a number, a word, or, where a setting is itself a solver: name ["(" settings ")"]
 
@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 from sde_diffusion.errors import unknown_name
 from solvers import Corrector, Integrator, Solver, catalogue
-from solvers.catalogue import named, snake_case
+from solvers.adapters.diffusers_ import PREFIX
+from solvers.catalogue import name_of, named
 
 Component = Solver | Corrector | Integrator
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -32,10 +33,13 @@ def parse_solver(text: str, argument: str = "--solver") -> Solver | Integrator:
             not fit, or a corrector, which samples only within ``predictor_corrector``.
     """
     name, colon, rest = text.strip().partition(":")
+    if name + colon == PREFIX:
+        name, colon, rest = rest.partition(":")
+        name = PREFIX + name
     if "(" in name:  # the nested form is understood at the top as well
         name, settings = _call(text.strip(), argument)
     else:
-        settings = _settings(rest, argument)
+        settings = read_settings(rest, argument)
         if colon and not settings:
             raise ValueError(
                 f"{argument} {text!r}: no settings after the colon; leave the colon out"
@@ -51,7 +55,7 @@ def parse_solver(text: str, argument: str = "--solver") -> Solver | Integrator:
 
 def spec_of(solver: Component, *, nested: bool = False) -> str:
     """The shortest text that :func:`parse_solver` turns into ``solver``."""
-    name = snake_case(type(solver).__name__)
+    name = name_of(type(solver))
     shown = []
     for item in _fields(type(solver)).values():
         value = getattr(solver, item.name)
@@ -67,8 +71,13 @@ def _build(name: str, settings: dict[str, str], argument: str) -> Component:
     name = name.strip()
     try:
         kind: Any = named(name)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise ValueError(f"{argument}: {error}") from None
+    return construct(kind, name, settings, argument)
+
+
+def construct(kind: Any, name: str, settings: dict[str, str], argument: str) -> Component:
+    """A solver of class ``kind``, called ``name`` in messages, with settings given as text."""
     fields = _fields(kind)
     hints = _hints(kind)
     values = {}
@@ -133,7 +142,7 @@ def _convert(text: str, hint: Any, what: str) -> Any:
     raise ValueError(f"{what} cannot be set from the command line, got {text!r}; use Python")
 
 
-def _settings(text: str, argument: str) -> dict[str, str]:
+def read_settings(text: str, argument: str) -> dict[str, str]:
     """``a=1,b=f(c=2,d=3)`` as ``{"a": "1", "b": "f(c=2,d=3)"}``."""
     settings: dict[str, str] = {}
     for part in _split(text, argument):
@@ -172,7 +181,7 @@ def _call(text: str, argument: str) -> tuple[str, dict[str, str]]:
         return name, {}
     if not rest.endswith(")"):
         raise ValueError(f"{argument}: write name(key=value,...), got {text!r}")
-    return name, _settings(rest[:-1], argument)
+    return name, read_settings(rest[:-1], argument)
 
 
 def _fields(kind: type[Component]) -> dict[str, dataclasses.Field[Any]]:

@@ -33,7 +33,7 @@ from experiments.subjects import ExactSubject, Subject, SubjectOptions, make_sub
 from sde_diffusion import NonFiniteError
 from sde_diffusion.errors import require_count
 from solvers import Integrator, ProbabilityFlow, Solver, grids
-from solvers.catalogue import settings_of, snake_case
+from solvers.catalogue import name_of, settings_of
 
 SOLVERS = (
     "probability_flow:method=euler",
@@ -266,7 +266,7 @@ def _row(
         "status": "ok",
     }
     return Row(
-        solver=snake_case(type(solver).__name__),
+        solver=name_of(type(solver)),
         settings=settings_of(solver),
         sde=sde,
         target=plan.subject.name,

@@ -6,6 +6,7 @@ Every class in ``solvers.methods`` and ``solvers.adapters`` is importable from h
 from typing import Any
 
 from solvers import grids
+from solvers.adapters.diffusers_ import diffusers_scheduler
 from solvers.adaptive import Adaptive
 from solvers.base import Corrector, Integrator, Solver, Step, Stepped, make_steps
 from solvers.catalogue import catalogue
@@ -29,6 +30,7 @@ __all__ = [
     "Step",
     "Stepped",
     "catalogue",
+    "diffusers_scheduler",
     "grids",
     "make_steps",
     "sample",

@@ -103,6 +103,11 @@ class Solver(ABC):
         """Whether ``step`` draws noise."""
 
     @property
+    def weak_order(self) -> int:
+        """Declared order of mean and variance, where ``order`` says something else."""
+        return self.order
+
+    @property
     def error_order(self) -> float | None:
         """The power of the step with which ``Stepped.error`` shrinks; ``None`` without one."""
         return None
@@ -171,6 +176,11 @@ class Integrator(ABC):
     @abstractmethod
     def stochastic(self) -> bool:
         """Whether noise is drawn."""
+
+    @property
+    def weak_order(self) -> int:
+        """Declared order of mean and variance, where ``order`` says something else."""
+        return self.order
 
     @property
     @abstractmethod

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from sde_diffusion.errors import unknown_name
 from solvers import adapters, methods
+from solvers.adapters import diffusers_
 from solvers.base import Corrector, Integrator, Solver
 
 Kind = Literal["ODE", "SDE", "corrector"]
@@ -57,13 +58,35 @@ def catalogue() -> dict[str, Entry]:
     return dict(sorted(entries.items()))
 
 
+@cache
+def peers() -> dict[str, Entry]:
+    """Schedulers of diffusers by name, ``diffusers:<ClassName>``; none where it is not
+    installed."""
+    if not diffusers_.installed():
+        return {}
+    kinds = map(diffusers_.scheduler_type, diffusers_.SCHEDULERS)
+    return {name_of(kind): _entry(kind) for kind in kinds}
+
+
 def named(name: str) -> SolverType:
-    """The class called ``name`` in snake case; a ``ValueError`` lists the names and the nearest
-    match."""
+    """The class called ``name`` in snake case, or ``diffusers:<ClassName>``.
+
+    Raises:
+        ValueError: unknown; lists the names and the nearest match.
+        ImportError: a scheduler of diffusers, which is not installed.
+    """
+    if name.startswith(diffusers_.PREFIX):
+        return diffusers_.scheduler_type(name.removeprefix(diffusers_.PREFIX))
     entries = catalogue()
     if name not in entries:
         raise unknown_name("solver", name, entries)
     return entries[name].type
+
+
+def name_of(solver_type: type) -> str:
+    """The name under which a solver class is listed: its own in snake case, unless it has another
+    (``catalogue_name``)."""
+    return getattr(solver_type, "catalogue_name", None) or snake_case(solver_type.__name__)
 
 
 def snake_case(name: str) -> str:
@@ -78,7 +101,7 @@ def settings_of(solver: Solver | Corrector | Integrator) -> dict[str, Any]:
     for item in dataclasses.fields(solver):  # type: ignore[arg-type]
         value = getattr(solver, item.name)
         if isinstance(value, (Solver, Corrector)):
-            value = {"name": snake_case(type(value).__name__), **settings_of(value)}
+            value = {"name": name_of(type(value)), **settings_of(value)}
         settings[item.name] = value
     return settings
 
@@ -99,7 +122,7 @@ def _entry(solver_type: SolverType) -> Entry:
         "corrector" if isinstance(solver, Corrector) else "SDE" if solver.stochastic else "ODE"
     )
     return Entry(
-        name=snake_case(solver_type.__name__),
+        name=name_of(solver_type),
         type=solver_type,
         kind=kind,
         order=None if isinstance(solver, Corrector) else solver.order,

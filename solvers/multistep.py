@@ -15,6 +15,7 @@ values so far. Order 4 evaluates once more, at the second state so repaired.
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -199,6 +200,7 @@ class DataPrediction(Multistep):
         return end.sigma * torch.sqrt(-torch.expm1(-2 * self.eta**2 * h))
 
 
+@cache
 def _gauss_legendre() -> tuple[Tensor, Tensor]:
     """Nodes and weights on the unit interval."""
     points, weights = np.polynomial.legendre.leggauss(_QUADRATURE_NODES)

@@ -34,3 +34,7 @@ class DPMSolverPP(DataPrediction):
     @property
     def stochastic(self) -> bool:
         return self.eta > 0
+
+    @property
+    def weak_order(self) -> int:
+        return min(self.order, 2) if self.stochastic else self.order

@@ -1,0 +1,1 @@
+"""Certificates: whether a solver does what it declares, measured on problems with known answers."""

@@ -1,0 +1,140 @@
+"""Which solvers are certified: the catalogue in several settings, or those the user names."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import os
+import sys
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal
+
+from experiments.spec import Component, construct, parse_solver, read_settings, spec_of
+from sde_diffusion.errors import unknown_name
+from solvers import Corrector, Integrator, Solver, catalogue
+
+# Settings given by name that choose the method, and with it the order; what can be found out
+# (whole orders, choices, eta) is not listed.
+_METHODS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "probability_flow": {"method": ("euler", "midpoint", "heun", "rk4")},
+    "torchsde_sde": {"method": ("srk", "euler", "milstein")},
+    "torchdiffeq_ode": {
+        "method": ("dopri5", "bosh3", "dopri8", "euler", "midpoint", "heun2", "heun3", "rk4")
+    },
+    "scipy_ode": {"method": ("RK45", "RK23", "DOP853", "LSODA")},
+}
+_HIGHEST_ORDER = 8
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A solver to certify, and the name by which it goes."""
+
+    name: str
+    solver: Solver | Integrator
+
+
+def make_candidates(texts: Sequence[str], *, quick: bool = False) -> list[Candidate]:
+    """What ``--solver`` names, or, for none, the whole catalogue (``quick``: default settings).
+
+    Raises:
+        ValueError: a name that does not exist, a module that does not import, settings that do not
+            fit.
+    """
+    if texts:
+        found = [named_candidate(text) for text in texts]
+    else:
+        found = catalogue_candidates(quick=quick)
+    return list({candidate.name: candidate for candidate in found}.values())
+
+
+def named_candidate(text: str, argument: str = "--solver") -> Candidate:
+    """``NAME[:settings]`` of the catalogue, or ``package.module:Class[:settings]``."""
+    module, _, rest = text.strip().partition(":")
+    kind, _, settings = rest.partition(":")
+    if "(" in module or not kind.strip().isidentifier():
+        solver = parse_solver(text, argument)
+        return Candidate(spec_of(solver), solver)
+    name = f"{module}:{kind}"
+    made = construct(
+        _imported(module, kind.strip(), argument), name, read_settings(settings, argument), argument
+    )
+    if isinstance(made, Corrector):
+        raise ValueError(
+            f"{argument} {name!r} is a corrector and does not sample by itself; certify a solver "
+            "that contains it"
+        )
+    return Candidate(f"{name}:{settings}" if settings else name, made)
+
+
+def catalogue_candidates(*, quick: bool = False) -> list[Candidate]:
+    """Every solver: default settings, every order there is, every choice, eta 0 and 1."""
+    candidates = []
+    for name, entry in catalogue().items():
+        if entry.kind == "corrector":
+            continue
+        variants: list[dict[str, Any]] = [{}] if quick else _variants(name, entry.type)
+        made: list[Any] = []
+        for settings in variants:
+            solver = _made(entry.type, settings)
+            if solver is not None and solver not in made:
+                made.append(solver)
+        candidates += [Candidate(spec_of(solver), solver) for solver in made]
+    return candidates
+
+
+def _variants(name: str, kind: Any) -> list[dict[str, Any]]:
+    """Settings to try, the defaults first."""
+    choices: dict[str, tuple[Any, ...]] = dict(_METHODS.get(name, {}))
+    hints = typing.get_type_hints(kind)
+    for item in dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ():
+        if item.name == "order":
+            choices["order"] = tuple(range(1, _HIGHEST_ORDER + 1))
+        elif item.name == "eta":
+            choices["eta"] = (0.0, 1.0)
+        elif typing.get_origin(hints.get(item.name)) is Literal:
+            choices[item.name] = typing.get_args(hints[item.name])
+    keys = list(choices)
+    combined = [dict(zip(keys, values, strict=True)) for values in product(*choices.values())]
+    # Without noise the ways to scale it are one.
+    return [{}, *(c for c in combined if c.get("eta") != 0 or c.get("variance") != "large")]
+
+
+def _made(kind: Any, settings: dict[str, Any]) -> Component | None:
+    """The solver, or ``None`` where the settings do not exist (an order too high)."""
+    try:
+        solver: Component = kind(**settings)
+    except ValueError:
+        return None
+    return solver
+
+
+def _imported(module: str, name: str, argument: str) -> type[Component]:
+    """A class from an importable module, those of the current directory included."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # whatever a user's module does when it is run
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{argument}: the module {module!r} cannot be imported from here ({why}); a solver of "
+            "the catalogue is written NAME:key=value"
+        ) from error
+    if not hasattr(found, name):
+        classes = [n for n, member in vars(found).items() if inspect.isclass(member)]
+        raise ValueError(f"{argument} {module}: {unknown_name('class', name, classes)}")
+    kind = getattr(found, name)
+    if not (inspect.isclass(kind) and issubclass(kind, Solver | Integrator | Corrector)):
+        raise ValueError(
+            f"{argument}: {module}:{name} is not a solver; derive it from solvers.Solver"
+        )
+    if inspect.isabstract(kind):
+        missing = ", ".join(sorted(kind.__abstractmethods__))
+        raise ValueError(f"{argument}: {module}:{name} lacks {missing}")
+    return kind
