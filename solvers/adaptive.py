@@ -72,13 +72,14 @@ class Adaptive(Plan):
         require_between("shrink", self.shrink, 0, self.safety)
         require_finite("grow", self.grow, above=1.0)
 
-    def check(self, solver: Solver, trajectory: bool, compile: bool) -> None:
+    def check(self, solver: Solver, trajectory: bool, compile: bool, gradients: bool) -> None:
         if solver.error_order is None:
             raise ValueError(
                 f"{type(solver).__name__} estimates no error, which plan=Adaptive needs; "
                 f"these do: {', '.join(_estimating())}"
             )
-        for name, given in (("trajectory", trajectory), ("compile", compile)):
+        asked = {"trajectory": trajectory, "compile": compile, "gradients": gradients}
+        for name, given in asked.items():
             if given:
                 raise ValueError(
                     f"{name} does not apply to plan=Adaptive, whose samples take steps of their "

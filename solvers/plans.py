@@ -45,7 +45,9 @@ class Plan(ABC):
 
     chooses_steps = False  # whether a run needs no ``steps``: of the grid it takes the two ends
 
-    def check(self, solver: Solver, trajectory: bool, compile: bool) -> None:  # noqa: B027
+    def check(  # noqa: B027
+        self, solver: Solver, trajectory: bool, compile: bool, gradients: bool
+    ) -> None:
         """Raise ``ValueError`` for what the plan cannot do, before any work."""
 
     def noise(self, sde: SDE, stochastic: bool, seed: int, sample_ids: Tensor | None) -> Noise:

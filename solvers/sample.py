@@ -40,6 +40,7 @@ def sample(
     device: torch.device | str | None = None,
     compile: bool = False,
     progress: bool | Report = False,
+    gradients: bool = False,
 ) -> Solution:
     """Draw samples: carry noise from ``t_max`` to ``t_min`` with a solver.
 
@@ -64,6 +65,9 @@ def sample(
         device: where that state is drawn.
         compile: run the solver's step through ``torch.compile``.
         progress: show a bar, or call ``progress(done, total)`` after each step.
+        gradients: record the run for autograd, so that a loss on ``Solution.x`` can be
+            differentiated with respect to ``x``, a guidance scale and network parameters; the whole
+            graph stays in memory. On a fixed grid with a native solver.
     Returns:
         The ``Solution``: samples, evaluations counted, times and trajectory.
     Raises:
@@ -79,12 +83,12 @@ def sample(
     if noise is not None:
         _require_instance("noise", noise, "a Noise", Noise)
     if isinstance(solver, Integrator):
-        _refuse_for_integrators(plan, compile, trajectory)
+        _refuse_for_integrators(plan, compile, trajectory, gradients)
         chooses_steps = solver.adaptive
         plan = FixedGrid()
     else:
         plan = FixedGrid() if plan is None else plan
-        plan.check(solver, trajectory is not False, compile)
+        plan.check(solver, trajectory is not False, compile, gradients)
         chooses_steps = plan.chooses_steps
     if chooses_steps and steps is None and grid is None:
         grid = [float(sde.t_max), float(sde.t_min)]
@@ -97,7 +101,7 @@ def sample(
         x = noise.prior(x) * sde.prior_std().to(device=x.device, dtype=x.dtype)
     counted = CountedScoreFn(score_fn)
     started = time.perf_counter()
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         if isinstance(solver, Integrator):
             solution = solver.solve(counted, sde, x, times, noise)
         else:
@@ -183,11 +187,14 @@ def _stride(trajectory: bool | int) -> int | None:
     return require_count("trajectory", 1 if trajectory is True else trajectory)
 
 
-def _refuse_for_integrators(plan: Plan | None, compile: bool, trajectory: bool | int) -> None:
+def _refuse_for_integrators(
+    plan: Plan | None, compile: bool, trajectory: bool | int, gradients: bool
+) -> None:
     given = [
         ("plan", plan is not None),
         ("compile", compile),
         ("trajectory", trajectory is not False),
+        ("gradients", gradients),
     ]
     for name, is_given in given:
         if is_given:
