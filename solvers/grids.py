@@ -155,14 +155,17 @@ def _checked(times: Tensor, sde: SDE) -> Tensor:
         raise ValueError(
             f"grid must hold at least two times in one dimension, got shape {tuple(times.shape)}"
         )
-    for index, t in enumerate(times.tolist()):
-        if not math.isfinite(t) or t <= 0:
-            raise ValueError(
-                f"grid[{index}] must be a finite time above 0, got {t!r}: "
-                f"grids end at t_min={sde.t_min:g}"
-            )
-        if t > sde.t_max * (1 + 1e-6):  # a float32 time may round up
+    # A float32 time may round up; NaN compares false.
+    outside = ~((times > 0) & (times <= sde.t_max * (1 + 1e-6)))
+    if bool(outside.any()):
+        index = int(outside.nonzero()[0])
+        t = times[index].item()
+        if math.isfinite(t) and t > 0:
             raise ValueError(f"grid[{index}]={t!r} lies beyond t_max={sde.t_max!r}")
+        raise ValueError(
+            f"grid[{index}] must be a finite time above 0, got {t!r}: "
+            f"grids end at t_min={sde.t_min:g}"
+        )
     rising = (times.diff() >= 0).nonzero()
     if len(rising):
         index = int(rising[0]) + 1

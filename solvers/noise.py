@@ -28,7 +28,7 @@ _SLOT = 0xD1342543DE82EF95  # an odd multiplier that keeps slots apart from step
 _PRIOR_INDEX = -1
 AREA = -1  # the slot of a step's space-time area
 _LOW_32 = 0xFFFFFFFF
-_LOOK_AHEAD_ELEMENTS = 1 << 14
+_LOOK_AHEAD_ELEMENTS = 1 << 17
 _LOOK_AHEAD_STEPS = 64
 _SLACK = 1e-6  # of half_log_snr: what a float32 time is off by
 

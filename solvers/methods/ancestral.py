@@ -48,14 +48,16 @@ class Ancestral(Solver):
         h = end.half_log_snr - start.half_log_snr
         lost = torch.expm1(-2 * h)
         direction = end.sigma * (torch.sqrt(1 + self.eta**2 * lost) - torch.exp(h))
+        if not self.stochastic:
+            return end.alpha / start.alpha, direction
         sigma = end.sigma if self.variance == "small" else start.sigma
         return end.alpha / start.alpha, direction, self.eta * sigma * torch.sqrt(-lost)
 
     def step(self, score_fn: ScoreFn, x: Tensor, step: Step, state: State, noise: Noise) -> Stepped:
-        ratio, direction, spread = self.coefficients_of(step, x)
+        ratio, direction, *spread = self.coefficients_of(step, x)
         eps = score_fn(x, step.start).eps
         x_next = (ratio * x).addcmul_(direction, eps)
-        if self.stochastic:
+        if spread:
             z = noise(x, step)
-            x_next.addcmul_(spread, z)
+            x_next.addcmul_(spread[0], z)
         return Stepped(x_next, state)
