@@ -7,18 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sde_diffusion.errors import require_count, require_finite, unknown_name
-from sde_diffusion.prediction import ScoreFn
 from sde_diffusion.sde import SDE
-
-if TYPE_CHECKING:
-    from solvers.base import Solver
-    from solvers.fitted_grid import FittedGrid
 
 Grid = Callable[[SDE, int], Tensor]
 
@@ -88,25 +83,6 @@ def _pinned(times: Tensor, sde: SDE) -> Tensor:
     return times
 
 
-def fit(
-    score_fn: ScoreFn,
-    sde: SDE,
-    solver: Solver,
-    steps: int,
-    pilot: int = 64,
-    *,
-    shape: Sequence[int] | None = None,
-    seed: int = 0,
-    evaluations: int = 400,
-) -> FittedGrid:
-    """A grid fitted to a score and a solver on a pilot batch: see ``solvers.fitted_grid.fit``."""
-    from solvers.fitted_grid import fit as fit_grid  # it samples, and sampling needs this module
-
-    return fit_grid(
-        score_fn, sde, solver, steps, pilot, shape=shape, seed=seed, evaluations=evaluations
-    )
-
-
 def _ends(sde: SDE) -> tuple[float, float]:
     """``half_log_snr`` at ``t_max`` and at ``t_min``."""
     return sde.at(float(sde.t_max)).half_log_snr.item(), sde.at(
@@ -174,3 +150,12 @@ def _checked(times: Tensor, sde: SDE) -> Tensor:
             f"grid must decrease strictly, but grid[{index}]={pair[1]!r} follows {pair[0]!r}"
         )
     return times
+
+
+def __getattr__(name: str) -> Any:
+    """``grids.fit`` is ``solvers.fitted_grid.fit``; it samples, and sampling needs this module."""
+    if name == "fit":
+        from solvers.fitted_grid import fit
+
+        return fit
+    raise AttributeError(f"module 'solvers.grids' has no attribute {name!r}")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -41,6 +42,28 @@ def script(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[
         timeout=120,
         check=False,
     )
+
+
+def run_script(*arguments: str | Path) -> Any:
+    """What ``run`` does in this process, by the installed script."""
+    done = script(*arguments, folder=Path.cwd())
+    return SimpleNamespace(
+        exit_code=done.returncode,
+        stdout=done.stdout,
+        stderr=done.stderr,
+        output=done.stdout + done.stderr,
+    )
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(run, id="in-process"),
+        pytest.param(run_script, id="installed-script", marks=pytest.mark.slow),
+    ]
+)
+def call(request: pytest.FixtureRequest) -> Any:
+    """The command line in this process; in the slow suite also the installed script."""
+    return request.param
 
 
 def refused(result: Any) -> str:
@@ -228,10 +251,12 @@ def test_lists_show_every_solver_and_target() -> None:
         assert name in shown
 
 
-def test_a_network_that_overflows_stops_the_run_with_step_and_time(tmp_path: Path) -> None:
+def test_a_network_that_overflows_stops_the_run_with_step_and_time(
+    call: Any, tmp_path: Path
+) -> None:
     broken = tiny_model(tmp_path / "broken", broken=True)
     out = tmp_path / "out"
-    stopped = run(
+    stopped = call(
         *("compare", "--target", "ring", "--model", broken, "--sde", "vp", "--solver", "ddim"),
         *("--nfe", "5", "--samples", "10", "--repeats", "1", "--out", out),
     )
@@ -281,14 +306,16 @@ def test_a_network_that_overflows_stops_the_run_with_step_and_time(tmp_path: Pat
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(
-    arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Any, arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert message in refused(run(*arguments.split()))
+    assert message in refused(call(*arguments.split()))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_data_and_models_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_and_models_that_do_not_fit(
+    call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     np.save("nan.npy", np.array([[1.0, np.nan], [0.0, np.inf]]))
     np.save("text.npy", np.array(["a", "b"]))
@@ -296,28 +323,30 @@ def test_data_and_models_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.Mon
     tiny_model(tmp_path / "model")
     (tmp_path / "empty").mkdir()
 
-    assert "holds 2 NaN or infinite value(s)" in refused(run("train", "nan.npy"))
-    assert "save it as numbers" in refused(run("train", "text.npy"))
-    assert "is not a model folder" in refused(run("compare", "--model", "empty"))
-    message = refused(run("compare", "--model", "model", "--data", "wide.npy"))
+    assert "holds 2 NaN or infinite value(s)" in refused(call("train", "nan.npy"))
+    assert "save it as numbers" in refused(call("train", "text.npy"))
+    assert "is not a model folder" in refused(call("compare", "--model", "empty"))
+    message = refused(call("compare", "--model", "model", "--data", "wide.npy"))
     assert "shape (3,)" in message
     assert "makes (2,)" in message
-    assert "NaN" in refused(run("compare", "--model", "model", "--data", "nan.npy"))
-    assert "trained under vp" in refused(run("compare", "--model", "model", "--sde", "ve"))
-    message = refused(run("compare", "--model", "model", "--label", "1"))
+    assert "NaN" in refused(call("compare", "--model", "model", "--data", "nan.npy"))
+    assert "trained under vp" in refused(call("compare", "--model", "model", "--sde", "ve"))
+    message = refused(call("compare", "--model", "model", "--label", "1"))
     assert "--label 1 needs classes, and 'model' is not class-conditional" in message
-    assert "needs classes" in refused(run("sample", "--model", "model", "--guidance", "classifier"))
-    assert "--model" in refused(run("compare", "--target", "model"))
+    assert "needs classes" in refused(
+        call("sample", "--model", "model", "--guidance", "classifier")
+    )
+    assert "--model" in refused(call("compare", "--target", "model"))
 
     weights = tmp_path / "model" / "score.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    assert "truncated or corrupt" in refused(run("compare", "--model", "model"))
+    assert "truncated or corrupt" in refused(call("compare", "--model", "model"))
     (tmp_path / "model" / "model.json").write_text("{")
-    assert "not valid JSON" in refused(run("sample", "--model", "model"))
+    assert "not valid JSON" in refused(call("sample", "--model", "model"))
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written(call: Any, tmp_path: Path) -> None:
     """Below a file there is no folder, for root neither."""
     (tmp_path / "run").write_text("")
-    message = refused(run("compare", "--target", "ring", "--out", tmp_path / "run" / "a"))
+    message = refused(call("compare", "--target", "ring", "--out", tmp_path / "run" / "a"))
     assert "cannot be written" in message
