@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ def accuracy_by_time(
         raise ValueError("y must hold the classes of x: accuracy needs them, got None")
 
     def statistic(x0: Tensor, label: Tensor | None, level: NoiseLevel, noise: Tensor) -> Tensor:
-        return torch.eq(classifier(perturbed(x0, level, noise), level).argmax(1), label)
+        return classifier(perturbed(x0, level, noise), level).argmax(1).eq(cast(Tensor, label))
 
     return _by_time(classifier, statistic, x, y, sde, buckets, seed, batch_size)
 
