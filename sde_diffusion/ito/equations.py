@@ -233,7 +233,9 @@ class Chart(NamedTuple):
 CHARTS = {
     "log": Chart(torch.log, torch.exp, lambda y: torch.exp(-y), lambda y: -torch.exp(-2 * y)),
     # In these two a y below 0 is the mirror image of one above: x is reflected at 0.
-    "reflected": Chart(lambda x: x, torch.abs, lambda y: 1.0 - 2.0 * (y < 0), torch.zeros_like),
+    "reflected": Chart(
+        lambda x: x, torch.abs, lambda y: 1 - 2 * (y < 0).to(y.dtype), torch.zeros_like
+    ),
     "sqrt": Chart(torch.sqrt, torch.square, lambda y: 0.5 / y, lambda y: -0.25 / y**3),
 }
 

@@ -36,7 +36,7 @@ class SquareRootProcess:
         t_min, t_max: as in ``ItoSDE``.
     """
 
-    rate: float = 4.0
+    rate: float = 6.0
     level: float = 1.0
     degrees: int = 4
     t_min: float = 1e-3
@@ -116,7 +116,7 @@ class SquareRootTransition:
 
 
 def bessel_ratio(order: float, z: Tensor) -> Tensor:
-    """``I_{order+1}(z) / I_order(z)`` for ``z >= 0``, to 1e-9.
+    """``I_{order+1}(z) / I_order(z)`` for ``z >= 0``; relative error below 1e-6.
 
     Backward recurrence ``r_n = z / (2 (n + 1) + z r_{n+1})`` from Amos's bound ``z / (n + 1/2 +
     sqrt((n + 3/2)^2 + z^2))`` on the ratio of a high order (Amos 1974, Math. Comp. 28, eq. 11).

@@ -55,8 +55,8 @@ def sample_ito(
             steps) -> times``, or times in the order of the run, rising for a forward equation.
         seed, sample_ids: of all randomness; a sample is a function of both, whatever its batch.
         noise: another source than ``CounterNoise``, such as ``brownian_path(equation, seed)``.
-        coordinates: ``state``, or for a positive one ``log``, ``sqrt`` or ``reflected``; the SDE's own by
-            default. States given and returned are states all the same.
+        coordinates: ``state``, or for a positive one ``log``, ``sqrt`` or ``reflected``; the SDE's
+            own by default. States given and returned are states all the same.
         trajectory: keep every state, or every ``trajectory``-th.
         dtype, device: of a state drawn for ``shape``.
         gradients: record the run for autograd; with native solvers.
@@ -211,8 +211,8 @@ def _from_prior(equation: Equation, like: Tensor, noise: Noise, counter: Counter
 def _check_state(equation: Equation, x: Tensor, times: Tensor, coordinates: str) -> None:
     if coordinates != "state" and not bool((x > 0).all()):
         raise ValueError(
-            f"x must be positive, to be solved in coordinates={coordinates!r}; its least element is "
-            f"{x.min().item():g}. Give positive states, or coordinates='state'"
+            f"x must be positive, to be solved in coordinates={coordinates!r}; its least element "
+            f"is {x.min().item():g}. Give positive states, or coordinates='state'"
         )
     # Halfway, where no field has reason to be singular.
     equation.sde.check(x, 0.5 * float(times[0] + times[-1]))

@@ -27,10 +27,11 @@ _METHODS = (*_ITO, *_STRATONOVICH)
 class Torchsde(ItoIntegrator):
     """torchsde's methods on the grid, driven by this library's noise.
 
-    ``euler`` (all noise), ``milstein`` and ``srk`` (Roessler's SRID2, strong order 1.5; both for
-    diagonal or scalar noise) solve in the sense of Ito. ``midpoint`` and ``heun`` (all noise)
-    converge to Stratonovich's solution: they are given the drift ``b - 1/2 sum_k (G_k . grad)
-    G_k``, whose Stratonovich solution is the Ito one wanted (Kloeden & Platen 1992, eq. 4.9.11).
+    ``euler`` (all noise), ``milstein`` and ``srk`` (Roessler's SRID2, strong order 1.5 at four
+    evaluations a step; both for diagonal or scalar noise) solve in the sense of Ito. ``midpoint``
+    and ``heun`` (all noise) converge to Stratonovich's solution: they are given the drift ``b - 1/2
+    sum_k (G_k . grad) G_k``, whose Stratonovich solution is the Ito one wanted (Kloeden & Platen
+    1992, eq. 4.9.11).
 
     torchsde runs forward, in u from 0 to N with step k from k to k + 1: there ``dx = h_k b du +
     sqrt(|h_k|) G dw``, in which a falling time's h is negative, and any grid has equal steps.
