@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from experiments.failures import FAILED, OneLineGroup, guarded
+from experiments.noise_scales_command import noise_scales
 
 app = typer.Typer(
     name="sde-diffusion",
@@ -365,6 +366,9 @@ def targets() -> None:
     from experiments.tables import make_console
 
     make_console().print(target_table())
+
+
+app.command("noise-scales")(noise_scales)
 
 
 def main() -> None:
