@@ -9,24 +9,22 @@ linear SDE (Song et al. 2021, arXiv:2101.09258, theorem 1), and which asks nothi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sde_diffusion.broadcast import expand, per_sample_sum
-from sde_diffusion.errors import require_count
 from sde_diffusion.ito.fields import Normals, Score, transposed
 from sde_diffusion.ito.langevin import HybridTransition
 from sde_diffusion.ito.laws import Transition
 from sde_diffusion.ito.sde import ItoSDE
 from sde_diffusion.ito.simulation import simulated
+from sde_diffusion.score_matching import sliced_score_matching
 
 __all__ = [
     "denoising_score_matching",
     "diffusion_metric",
     "hybrid_score_matching",
-    "implicit_score_matching",
     "simulated_score_matching",
 ]
 
@@ -97,39 +95,16 @@ def simulated_score_matching(
     t: Tensor,
     generator: torch.Generator,
     steps: int = 100,
-    objective: Callable[[Callable[[Tensor], Tensor], Tensor, torch.Generator, int], Tensor]
-    | None = None,
     projections: int = 1,
 ) -> Tensor:
-    """Score matching without a transition: simulate x_t, then match on the samples, ``(B,)``.
+    """Score matching without a transition, ``(B,)``: x_t is simulated, and sliced score matching
+    needs nothing but samples (Song et al. 2019, arXiv:1905.07088, eq. 8).
 
     Args:
         x0: data ``(B, *event)``.
         t: ``(B,)``.
         steps: of Euler-Maruyama from 0 to t; the bias falls as 1/steps.
-        objective: ``(score at t, x, generator, projections) -> (B,)``, a loss that needs samples
-            alone; ``implicit_score_matching`` by default.
         projections: random directions per sample.
     """
     x, _ = simulated(sde, x0, t, steps, generator)
-    matched = implicit_score_matching if objective is None else objective
-    return matched(lambda x: score(x, t), x, generator, projections)
-
-
-def implicit_score_matching(
-    score: Callable[[Tensor], Tensor], x: Tensor, generator: torch.Generator, projections: int = 1
-) -> Tensor:
-    """``1/2 |s|^2 + v^T (ds/dx) v``, mean over random signs v: sliced score matching with reduced
-    variance (Song et al. 2019, arXiv:1905.07088, eq. 8), ``(B,)``."""
-    require_count("projections", projections)
-    x = x.detach().requires_grad_()
-    with torch.enable_grad():
-        value = score(x)
-        total: Any = 0.0
-        for _ in range(projections):
-            draw = torch.randint(0, 2, x.shape, generator=generator, device=generator.device)
-            v = (2 * draw - 1).to(x)
-            (slope,) = torch.autograd.grad((value * v).sum(), x, create_graph=True)
-            total = total + per_sample_sum(slope * v)
-    divergence: Tensor = total / projections
-    return 0.5 * per_sample_sum(value.square()) + divergence
+    return sliced_score_matching(lambda x: score(x, t), x, generator, projections)
