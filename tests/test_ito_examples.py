@@ -274,8 +274,8 @@ def law_of_positive(x):
 
 @pytest.mark.parametrize("name", ["reverse", "milstein", "srk", "flow", "guided"])
 def test_square_root_reverse_restores_the_gamma_mixture(name):
-    # 4,000 paths from the stationary prior. What is left of the data at the end and Euler's own bias
-    # are at most 1.4 standard errors together, in P(x < 0.3) (measured with 40,000 paths).
+    # 4,000 paths from the stationary prior. What is left of the data at the end and Euler's own
+    # bias are at most 1.4 standard errors together, in P(x < 0.3) (measured with 40,000 paths).
     sde, n = PROCESS.sde(), 4000
     label = 1 if name == "guided" else None
     guidance = gradient_of(GAMMAS.log_posterior(1)) if name == "guided" else None
