@@ -114,6 +114,7 @@ def square_root_picture(path: Path) -> None:
             axes.set_xlabel("x")
             axes.set_yscale("log")
             axes.set_ylim(0.005, 4)
+        figure.axes[0].set_ylabel("density")
         figure.axes[0].legend()
 
 

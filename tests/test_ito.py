@@ -14,7 +14,6 @@ from sde_diffusion.ito import (
     GeometricBrownianMotion,
     LogNormal,
     calculus,
-    correlated_geometric,
     gradient_of,
     score_fn_from,
     score_from,
@@ -31,6 +30,10 @@ def states(n, *event, seed=0, positive=False):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, *event, generator=generator, dtype=torch.float64)
     return x.exp() if positive else x
+
+
+def zero(x, t):
+    return torch.zeros_like(x)
 
 
 # --- the divergence ------------------------------------------------------------------------------
@@ -112,6 +115,22 @@ def test_reverse_and_flow_are_what_the_formulas_say():
     assert torch.allclose(flow.drift(x, T), -x - 0.5 * pull)
     assert torch.equal(reverse.diffusion(x, T), g)
     assert (reverse.stochastic, flow.stochastic) == (True, False)
+
+
+def test_a_constant_matrix_is_one_for_all_samples():
+    size = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    options = {"state_dependent": False, "t_min": 0.0}
+    diagonal = ItoSDE(zero, lambda x, t: size, **options)
+    general = ItoSDE(zero, lambda x, t: torch.diag(size), kind="general", **options)
+    x = states(6, 2)
+    runs = [
+        sample_ito(sde.reverse(lambda x, t: -x), ito.Milstein(), x=x, steps=5, seed=1).x
+        for sde in (diagonal, general)
+    ]
+    assert torch.allclose(*runs, rtol=1e-12)
+    srk = sample_ito(diagonal.reverse(lambda x, t: -x), ito.Torchsde("srk"), x=x, steps=5, seed=1)
+    heun = sample_ito(general.reverse(lambda x, t: -x), ito.Torchsde("heun"), x=x, steps=5, seed=1)
+    assert srk.x.shape == heun.x.shape == x.shape
 
 
 @pytest.mark.parametrize("name", SDES)
@@ -230,11 +249,6 @@ def test_sdes_that_cannot_be(change, message):
         ItoSDE(**{"drift": lambda x, t: x, "diffusion": lambda x, t: x, **change})
 
 
-def zero(x, t):
-    return torch.zeros_like(x)
-
-
-MATRIX = correlated_geometric(torch.zeros(2).double(), torch.ones(2, 1).double())
 TWISTED = ItoSDE(  # x_2 is driven by x_1 dw_2: the smallest noise that does not commute
     zero, lambda x, t: torch.stack([torch.ones_like(x), x.flip(1)], 1).tril(), kind="general"
 )

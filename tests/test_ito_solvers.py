@@ -95,6 +95,58 @@ def test_strong_order_on_multiplicative_noise(solver, kind, order):
     assert errors[-1] < {0.5: 0.2, 1.0: 0.05, 1.5: 0.01}[order]
 
 
+@pytest.mark.parametrize("solver", [ito.Milstein(), ito.Torchsde("milstein")])
+def test_one_motion_that_turns_the_state(solver):
+    # G(x) = J x with J a quarter turn, whose Jacobian is not symmetric: dx = J x dw has the
+    # solution exp(J w + t/2) x_0, for J^2 = -I.
+    sde = ItoSDE(
+        lambda x, t: torch.zeros_like(x),
+        lambda x, t: torch.stack([-x[:, 1], x[:, 0]], 1),
+        kind="scalar",
+    )
+    paths = Motions(1500, 1)
+    x = torch.tensor([[1.0, 0.0]], dtype=torch.float64).expand(1500, 2)
+    exact = math.exp(0.5) * torch.cat([paths.end.cos(), paths.end.sin()], 1)
+
+    def error(steps):
+        run = sample_ito(sde, solver, x=x, steps=steps, noise=paths.on(steps))
+        return float((run.x - exact).square().mean().sqrt())
+
+    assert fitted_order(STEPS, [error(n) for n in STEPS]) == pytest.approx(1, abs=0.25)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "scalar", "general"])
+def test_in_logarithms_geometric_motion_is_solved_exactly(kind):
+    # It is Brownian motion with drift there, and Euler-Maruyama is exact at any number of steps.
+    sde, motions, exact = problem(kind)
+    paths = Motions(50, motions)
+    x = torch.tensor([[1.0, 0.7]], dtype=torch.float64).expand(50, 2)
+    run = sample_ito(sde, ito.EulerMaruyama(), x=x, steps=2, noise=paths.on(2), coordinates="log")
+    assert torch.allclose(run.x, exact(paths.end), rtol=1e-12)
+
+
+def test_isotropic_noise_that_depends_on_the_state():
+    # One element: commutative, and geometric motion again. Two: not, and Milstein says so.
+    sde = ItoSDE(
+        lambda x, t: 0.1 * x, lambda x, t: 0.9 * x.norm(dim=1), kind="isotropic", t_max=1.0
+    )
+    paths = Motions(1500, 1)
+    x = torch.ones(1500, 1, dtype=torch.float64)
+    exact = GeometricBrownianMotion(0.1, 0.9).solution(x, 1.0, paths.end)
+
+    def error(steps, solver, coordinates):
+        run = sample_ito(
+            sde, solver, x=x, steps=steps, noise=paths.on(steps), coordinates=coordinates
+        )
+        return float((run.x - exact).square().mean().sqrt())
+
+    errors = [error(n, ito.Milstein(), "state") for n in STEPS]
+    assert fitted_order(STEPS, errors) == pytest.approx(1, abs=0.25)
+    assert error(2, ito.EulerMaruyama(), "log") < 1e-12
+    with pytest.raises(ValueError, match="commutative"):
+        sample_ito(sde, ito.Milstein(), x=torch.rand(3, 2).double(), steps=2)
+
+
 @pytest.mark.parametrize("solver", [ito.EulerMaruyama(), ito.Milstein()])
 def test_weak_order_without_sampling(solver):
     # Every path over n steps with the three-point Gauss-Hermite rule, which has a normal's moments
