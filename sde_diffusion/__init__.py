@@ -2,6 +2,7 @@
 
 from sde_diffusion.errors import NonFiniteError
 from sde_diffusion.guidance import classifier_free_guided, classifier_guided
+from sde_diffusion.ito import ItoSDE
 from sde_diffusion.named_targets import TARGETS, named_target
 from sde_diffusion.parametrization import (
     EDMModel,
@@ -33,6 +34,7 @@ __all__ = [
     "EDMModel",
     "EpsModel",
     "GaussianMixture",
+    "ItoSDE",
     "NoiseLevel",
     "NonFiniteError",
     "Prediction",

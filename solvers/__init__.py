@@ -5,11 +5,12 @@ Every class in ``solvers.methods`` and ``solvers.adapters`` is importable from h
 
 from typing import Any
 
-from solvers import grids
+from solvers import grids, ito
 from solvers.adapters.diffusers_ import diffusers_scheduler
 from solvers.adaptive import Adaptive
 from solvers.base import Corrector, Integrator, Solver, Step, Stepped, make_steps
 from solvers.catalogue import catalogue
+from solvers.ito.run import sample_ito
 from solvers.noise import BrownianPath, CounterNoise, Noise, RecordedNoise
 from solvers.plans import FixedGrid, Plan
 from solvers.sample import sample
@@ -32,8 +33,10 @@ __all__ = [
     "catalogue",
     "diffusers_scheduler",
     "grids",
+    "ito",
     "make_steps",
     "sample",
+    "sample_ito",
 ]
 
 
