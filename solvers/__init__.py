@@ -12,6 +12,7 @@ from solvers.base import Corrector, Integrator, Solver, Step, Stepped, make_step
 from solvers.catalogue import catalogue
 from solvers.noise import BrownianPath, CounterNoise, Noise, RecordedNoise
 from solvers.plans import FixedGrid, Plan
+from solvers.restart import Restart, RestartInterval
 from solvers.sample import sample
 from solvers.solution import Solution
 
@@ -25,6 +26,8 @@ __all__ = [
     "Noise",
     "Plan",
     "RecordedNoise",
+    "Restart",
+    "RestartInterval",
     "Solution",
     "Solver",
     "Step",

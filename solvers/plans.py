@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sde_diffusion.sde import SDE
-from solvers.base import Solver, State, make_steps
+from solvers.base import Solver, State, Step, make_steps
 from solvers.compilation import compiled_step
 from solvers.counting import CountedScoreFn
 from solvers.guard import FiniteGuard
@@ -64,30 +65,38 @@ class FixedGrid(Plan):
     """Every step of the grid, once."""
 
     def run(self, run: Run) -> Solution:
-        solver, score_fn, noise, stride = run.solver, run.score_fn, run.noise, run.stride
-        steps = make_steps(run.sde, solver, run.times, run.x)
-        compiled = compiled_step(solver, score_fn, noise) if run.compile else None
-        x, total = run.x, len(steps)
-        state: State = solver.init(x)
-        guard = FiniteGuard(solver, score_fn.score_fn, noise, x, state)
-        kept, kept_at = [x], [0]
-        with reporting(run.progress, total) as report:
-            for done, step in enumerate(steps, 1):
-                if compiled is None:
-                    stepped = solver.step(score_fn, x, step, state, noise)
-                else:
-                    stepped = compiled(x, step, state)
-                x, state = stepped.x, stepped.state
-                guard.watch(step, x, state)
-                if stride is not None and (done % stride == 0 or done == total):
-                    kept.append(x)
-                    kept_at.append(done)
-                if report is not None:
-                    report(done, total)
-        guard.finish(x)
-        solution = Solution(x, score_fn.nfe, score_fn.network_passes, run.times)
-        solution.stats.update(accepted=total, rejected=0)
-        if stride is not None:
-            solution.trajectory = torch.stack(kept)
-            solution.trajectory_times = run.times[kept_at]
-        return solution
+        return walk(run, run.solver, make_steps(run.sde, run.solver, run.times, run.x), run.times)
+
+
+def walk(run: Run, solver: Solver, steps: Sequence[Step], times: Tensor) -> Solution:
+    """Take ``steps``, every one once, with ``solver``, from ``run.x``.
+
+    Args:
+        times: ``(len(steps) + 1,)``: where each step starts, and where the last ends.
+    """
+    score_fn, noise, stride = run.score_fn, run.noise, run.stride
+    compiled = compiled_step(solver, score_fn, noise) if run.compile else None
+    x, total = run.x, len(steps)
+    state: State = solver.init(x)
+    guard = FiniteGuard(solver, score_fn.score_fn, noise, x, state)
+    kept, kept_at = [x], [0]
+    with reporting(run.progress, total) as report:
+        for done, step in enumerate(steps, 1):
+            if compiled is None:
+                stepped = solver.step(score_fn, x, step, state, noise)
+            else:
+                stepped = compiled(x, step, state)
+            x, state = stepped.x, stepped.state
+            guard.watch(step, x, state)
+            if stride is not None and (done % stride == 0 or done == total):
+                kept.append(x)
+                kept_at.append(done)
+            if report is not None:
+                report(done, total)
+    guard.finish(x)
+    solution = Solution(x, score_fn.nfe, score_fn.network_passes, run.times)
+    solution.stats.update(accepted=total, rejected=0)
+    if stride is not None:
+        solution.trajectory = torch.stack(kept)
+        solution.trajectory_times = times[kept_at]
+    return solution

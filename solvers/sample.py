@@ -57,7 +57,8 @@ def sample(
         seed: of all randomness in the run, a whole number from 0.
         sample_ids: ``(B,)`` whole numbers; a sample is a function of ``seed`` and its id, whatever
             batch it is drawn in. ``0..B-1`` by default.
-        plan: the strategy over the grid; every step once by default; ``Adaptive(rtol, atol)``.
+        plan: the strategy over the grid; every step once by default; ``Adaptive(rtol, atol)``,
+            ``Restart(intervals)``.
         noise: another source of noise than ``CounterNoise(seed, sample_ids)``.
         denoise: finish with the estimate of x_0 at the last time (Tweedie; one more evaluation).
         trajectory: keep every state, or every ``trajectory``-th.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sde_diffusion import SDE, GaussianMixture, NoiseLevel, Prediction
 from sde_diffusion.prediction import ScoreFn
-from solvers import RecordedNoise, sample
+from solvers import Plan, RecordedNoise, sample
 from solvers.base import Integrator, Solver
 
 
@@ -192,6 +192,7 @@ def affine_run(
     times: Tensor | Sequence[float],
     dimension: int,
     slots: Sequence[int] = (0,),
+    plan: Plan | None = None,
 ) -> AffineRun:
     """Read off what a linear sampler does over a whole run, in one run of ``sample``.
 
@@ -202,6 +203,7 @@ def affine_run(
 
     Args:
         slots: noise slots that the solver draws from (a corrector's are 1, 2, ...).
+        plan: as for ``sample``.
     Raises:
         NotAffineError: the last two samples say so.
     """
@@ -218,7 +220,8 @@ def affine_run(
         first = 1 + dimension + k * dimension
         draws[place][first : first + dimension] = torch.eye(dimension, dtype=torch.float64)
         draws[place][rows:] = torch.randn(2, dimension, generator=generator, dtype=torch.float64)
-    end = sample(score_fn, sde, solver, x=x.clone(), grid=times, noise=RecordedNoise(draws)).x
+    noise = RecordedNoise(draws)
+    end = sample(score_fn, sde, solver, x=x.clone(), grid=times, noise=noise, plan=plan).x
     offset = end[0]
     matrix = (end[1 : 1 + dimension] - offset).T
     gains = {
