@@ -170,7 +170,7 @@ class _WithLifts(Solver):
         if not isinstance(step, _Lift):
             return self._solver.step(score_fn, x, step, state, noise)
         ratio, spread = step.coefficients
-        x = (ratio * x).addcmul_(spread, noise(x, step, _SLOT))
+        x = ratio * x + spread * noise(x, step, _SLOT)
         return Stepped(x, self._solver.init(x))
 
 
