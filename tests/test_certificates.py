@@ -14,9 +14,11 @@ import torch
 from typer.testing import CliRunner
 
 from experiments.certify import orders
+from experiments.certify.accuracy import flow_order
 from experiments.certify.bench import Bench
 from experiments.certify.candidates import Candidate, catalogue_candidates, named_candidate
-from experiments.certify.checks import QUICK, Certificate, converge, flow_order
+from experiments.certify.certificate import QUICK, Certificate
+from experiments.certify.convergence import converge
 from experiments.cli import app
 from solvers import (
     DEIS,

@@ -193,6 +193,7 @@ def affine_run(
     dimension: int,
     slots: Sequence[int] = (0,),
     plan: Plan | None = None,
+    tolerance: float = 1e-8,
 ) -> AffineRun:
     """Read off what a linear sampler does over a whole run, in one run of ``sample``.
 
@@ -204,6 +205,7 @@ def affine_run(
     Args:
         slots: noise slots that the solver draws from (a corrector's are 1, 2, ...).
         plan: as for ``sample``.
+        tolerance: by which those two samples may miss, absolute and relative.
     Raises:
         NotAffineError: the last two samples say so.
     """
@@ -231,7 +233,7 @@ def affine_run(
     expected = x[rows:] @ matrix.T + offset
     for place, gain in gains.items():
         expected = expected + draws[place][rows:] @ gain.T
-    if not torch.allclose(end[rows:], expected, rtol=1e-8, atol=1e-8):
+    if not torch.allclose(end[rows:], expected, rtol=tolerance, atol=tolerance):
         raise NotAffineError(f"{solver!r} is not affine: {end[rows:]} is not {expected}")
     return AffineRun(matrix, offset, gains)
 
