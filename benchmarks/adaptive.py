@@ -17,7 +17,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from sde_diffusion import SDE, ScoreFn, named_sde, named_target
-from solvers import Adaptive, BogackiShampine, CounterNoise, Tsitouras, sample
+from solvers import Adaptive, BogackiShampine, CounterNoise, DormandPrince, Tsitouras, sample
 from solvers.methods.probability_flow import ProbabilityFlow
 
 SAMPLES = 32
@@ -51,7 +51,7 @@ def evaluations_at(error: float, runs: list[tuple[float, float]]) -> float:
 
 
 def main() -> None:
-    pairs = (BogackiShampine(), Tsitouras())
+    pairs = (BogackiShampine(), DormandPrince(), Tsitouras())
     for target_name in ("ring", "gmm16"):
         for sde_name in ("vp", "ve"):
             sde, target = named_sde(sde_name), named_target(target_name)

@@ -208,11 +208,17 @@ def orders(
         list[str] | None,
         typer.Option(
             help=SOLVER_HELP + " Or your own: package.module:Class, from here or installed. "
-            "Default: the whole catalogue, in several settings."
+            "Or diffusers:Class[:settings]. Default: the whole catalogue, in several settings."
         ),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Default settings, fewer problems, coarser grids.")
+    ] = False,
+    peers: Annotated[
+        bool,
+        typer.Option(
+            "--peers", help="Also diffusers' schedulers (extra: peers), at their own times."
+        ),
     ] = False,
     out: Annotated[
         str | None, typer.Option(help=OUT_HELP + " Default: runs/orders-…, by the options.")
@@ -222,7 +228,8 @@ def orders(
 
     Measured in float64 on problems with known answers: order on the ODE, weak and strong order on
     a Gaussian, start-up, the limit, evaluations, independence of the batch, runs of one and two
-    steps. Writes orders.json and orders.png. Exit code 1 if a solver fails.
+    steps. Writes orders.json and orders.png. Exit code 1 if a solver fails; what diffusers'
+    schedulers miss is shown, and never changes the exit code.
 
     [bold]Examples[/bold]
 
@@ -233,7 +240,7 @@ def orders(
     from experiments.certify.orders import OrdersOptions
     from experiments.commands import run_orders
 
-    if not run_orders(OrdersOptions(solver or (), quick, out)):
+    if not run_orders(OrdersOptions(solver or (), quick, out, peers)):
         raise typer.Exit(FAILED)
 
 

@@ -13,6 +13,7 @@ from solvers.catalogue import catalogue
 from solvers.ito.run import sample_ito
 from solvers.noise import BrownianPath, CounterNoise, Noise, RecordedNoise
 from solvers.plans import FixedGrid, Plan
+from solvers.restart import Restart, RestartInterval
 from solvers.sample import sample
 from solvers.solution import Solution
 
@@ -26,6 +27,8 @@ __all__ = [
     "Noise",
     "Plan",
     "RecordedNoise",
+    "Restart",
+    "RestartInterval",
     "Solution",
     "Solver",
     "Step",

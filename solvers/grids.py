@@ -46,9 +46,17 @@ def log_snr(sde: SDE, steps: int) -> Tensor:
 def karras(sde: SDE, steps: int, rho: float = 7.0) -> Tensor:
     """Uniform in ``(sigma / alpha)^(1 / rho)`` (Karras et al. 2022, arXiv:2206.00364, eq. 5)."""
     require_finite("rho", rho, above=0.0)
-    largest, smallest = (math.exp(-value / rho) for value in _ends(sde))
+    return karras_between(sde, float(sde.t_max), float(sde.t_min), steps, rho)
+
+
+def karras_between(sde: SDE, first: float, last: float, steps: int, rho: float = 7.0) -> Tensor:
+    """``karras`` on a part of the range, from time ``first`` down to ``last``."""
+    ends = torch.tensor([first, last], dtype=torch.float64)
+    largest, smallest = (math.exp(-v / rho) for v in sde.at(ends).half_log_snr.tolist())
     roots = torch.linspace(largest, smallest, steps + 1, dtype=torch.float64)
-    return _pinned(sde.time(-rho * roots.log()), sde)
+    times = sde.time(-rho * roots.log())
+    times[0], times[-1] = first, last
+    return times
 
 
 def table(sde: SDE, steps: int) -> Tensor:

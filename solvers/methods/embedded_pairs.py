@@ -38,6 +38,21 @@ BOGACKI_SHAMPINE = Pair(
     ((1 / 2,), (0.0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)),
     (2 / 9 - 7 / 24, 1 / 3 - 1 / 4, 4 / 9 - 1 / 3, -1 / 8),
 )
+DORMAND_PRINCE = Pair(
+    5,
+    (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0),
+    (
+        (1 / 5,),
+        (3 / 40, 9 / 40),
+        (44 / 45, -56 / 15, 32 / 9),
+        (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+        (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+        (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+    ),
+    (
+        71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40,
+    ),
+)  # fmt: skip
 TSITOURAS = Pair(
     5,
     (0.161, 0.327, 0.9, 0.9800255409045097, 1.0, 1.0),
@@ -128,6 +143,14 @@ class BogackiShampine(_EmbeddedPair):
     3 evaluations a step."""
 
     pair = BOGACKI_SHAMPINE
+
+
+@dataclass(frozen=True)
+class DormandPrince(_EmbeddedPair):
+    """Order 5 with an error estimate of order 4 (Dormand & Prince 1980, J. Comp. Appl. Math. 6(1)),
+    6 evaluations a step."""
+
+    pair = DORMAND_PRINCE
 
 
 @dataclass(frozen=True)
