@@ -155,7 +155,7 @@ def log_likelihood(
     require_count("probes", probes)
     way = named_divergence(divergence, probes, probe_law)
     bound = memory if isinstance(memory, Memory) else Memory(bytes=memory or MEMORY)
-    noise = CounterNoise(seed, _ids(sample_ids, len(x)))
+    noise = CounterNoise(seed, sample_numbers(sample_ids, len(x)))
     first, last = (sde.at(route.times[place]) for place in (-1, 0))
     first, last = (level.map(lambda f: f.to(x.device)) for level in (first, last))
     log_prior = _log_prior(prior, moments, sde, last, x)
@@ -317,7 +317,8 @@ def _stderr(values: Tensor, exact: bool) -> Tensor:
     return values.std(1) / math.sqrt(count)
 
 
-def _ids(sample_ids: Sequence[int] | Tensor | None, count: int) -> Tensor | None:
+def sample_numbers(sample_ids: Sequence[int] | Tensor | None, count: int) -> Tensor | None:
+    """``sample_ids``, checked: ``(count,)`` long, or ``None``."""
     if sample_ids is None:
         return None
     ids = torch.as_tensor(sample_ids)
