@@ -31,7 +31,7 @@ from sde_diffusion.targets import GaussianMixture
 from solvers.base import Integrator, Solver
 from solvers.divergence import Divergence, named_divergence
 from solvers.encoding import Route, Times, carry_to_noise, make_route
-from solvers.jacobian import MEMORY, Jacobian, Memory, Passes, plan_passes
+from solvers.jacobian import Jacobian, Memory, Passes, plan_passes
 from solvers.noise import CounterNoise
 from solvers.plans import Plan
 from solvers.progress import Report
@@ -154,7 +154,9 @@ def log_likelihood(
         raise ValueError(f"x[{bad}] holds NaN or infinite values; remove or replace them")
     require_count("probes", probes)
     way = named_divergence(divergence, probes, probe_law)
-    bound = memory if isinstance(memory, Memory) else Memory(bytes=memory or MEMORY)
+    bound = memory if isinstance(memory, Memory) else Memory()
+    if memory is not None and not isinstance(memory, Memory):
+        bound = Memory(bytes=memory)
     noise = CounterNoise(seed, sample_numbers(sample_ids, len(x)))
     first, last = (sde.at(route.times[place]) for place in (-1, 0))
     first, last = (level.map(lambda f: f.to(x.device)) for level in (first, last))
