@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from experiments.failures import FAILED, OneLineGroup, guarded
+from experiments.interpolate_command import interpolate
 from experiments.likelihood_command import likelihood
 
 app = typer.Typer(
@@ -348,6 +349,7 @@ def sample(
 
 
 app.command()(likelihood)
+app.command()(interpolate)
 
 
 @app.command()

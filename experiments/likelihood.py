@@ -25,7 +25,7 @@ from sde_diffusion.data import Dataset
 from sde_diffusion.errors import require_count, require_finite, unknown_name
 from sde_diffusion.units import bin_width, within_range
 from solvers import Adaptive, Integrator, Solver
-from solvers.dequantised import class_posterior, dequantised_likelihood
+from solvers.dequantised import class_posterior, dequantise, dequantised_likelihood
 from solvers.divergence import LAWS, named_divergence
 from solvers.encoding import make_route
 from solvers.likelihood import Likelihood, log_likelihood
@@ -305,10 +305,16 @@ def _batch(plan: LikelihoodPlan, ids: Tensor) -> Figures:
         likelihoods, bits, spread = found.draws, found.bits_per_dim, found.stderr
     else:
         likelihoods = (log_likelihood(score_fn, process, x, **settings),)
-    bounded = None
-    if options.bound:
-        bounded = likelihood_bound(
-            score_fn, process, x, draws=options.bound, seed=options.seed, sample_ids=ids
+    bounds = []
+    for draw in range(options.draws if plan.width else 1) if options.bound else ():
+        # Of the same data as the likelihoods, so that the bound stands above their mean.
+        at = x if plan.width is None else dequantise(
+            x, plan.width, draw, seed=options.seed, sample_ids=ids
+        )  # fmt: skip
+        bounds.append(
+            likelihood_bound(
+                score_fn, process, at, draws=options.bound, seed=options.seed, sample_ids=ids
+            )
         )
     return Figures(
         _mean(likelihoods, lambda each: each.log_prob),
@@ -320,8 +326,8 @@ def _batch(plan: LikelihoodPlan, ids: Tensor) -> Figures:
         if likelihoods[0].prior_mismatch is not None else None,
         bits,
         spread,
-        None if bounded is None else bounded.bound.cpu(),
-        None if bounded is None else bounded.stderr.cpu(),
+        torch.stack([each.bound for each in bounds]).mean(0).cpu() if bounds else None,
+        torch.stack([each.stderr for each in bounds]).mean(0).cpu() if bounds else None,
         _truth(plan, x, ids),
         _predicted(plan, x, ids) if options.classify else None,
     )  # fmt: skip

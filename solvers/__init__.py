@@ -10,6 +10,11 @@ from solvers.adapters.diffusers_ import diffusers_scheduler
 from solvers.adaptive import Adaptive
 from solvers.base import Corrector, Integrator, Solver, Step, Stepped, make_steps
 from solvers.catalogue import catalogue
+from solvers.dequantised import class_posterior, dequantised_likelihood
+from solvers.encoding import change_class, decode, encode, interpolate, round_trip
+from solvers.jacobian import Memory
+from solvers.likelihood import log_likelihood
+from solvers.likelihood_bound import likelihood_bound
 from solvers.noise import BrownianPath, CounterNoise, Noise, RecordedNoise
 from solvers.plans import FixedGrid, Plan
 from solvers.sample import sample
@@ -22,6 +27,7 @@ __all__ = [
     "CounterNoise",
     "FixedGrid",
     "Integrator",
+    "Memory",
     "Noise",
     "Plan",
     "RecordedNoise",
@@ -30,9 +36,18 @@ __all__ = [
     "Step",
     "Stepped",
     "catalogue",
+    "change_class",
+    "class_posterior",
+    "decode",
+    "dequantised_likelihood",
     "diffusers_scheduler",
+    "encode",
     "grids",
+    "interpolate",
+    "likelihood_bound",
+    "log_likelihood",
     "make_steps",
+    "round_trip",
     "sample",
 ]
 

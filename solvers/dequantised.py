@@ -70,11 +70,9 @@ def dequantised_likelihood(
     x = within_range(x, clip=clip)
     ids = sample_numbers(sample_ids, len(x))
     ids = torch.arange(len(x)) if ids is None else ids
-    noise = CounterNoise(seed, ids)
     found = []
     for draw in range(draws):
-        normal = noise.normal(x.double(), draw, _UNIFORM)
-        moved = x + ((torch.special.ndtr(normal) - 0.5) * width).to(x.dtype)
+        moved = dequantise(x, width, draw, seed=seed, sample_ids=ids)
         own = ids * _DRAWS + draw
         found.append(log_likelihood(score_fn, sde, moved, seed=seed, sample_ids=own, **options))
     values = torch.stack([each.log_prob for each in found], 1)
@@ -88,6 +86,14 @@ def dequantised_likelihood(
         values,
         tuple(found),
     )
+
+
+def dequantise(
+    x: Tensor, width: float, draw: int, *, seed: int, sample_ids: Tensor | None = None
+) -> Tensor:
+    """``x + (U - 1/2) width`` with the uniform noise of a draw, by ``seed`` and ``sample_ids``."""
+    normal = CounterNoise(seed, sample_ids).normal(x.double(), draw, _UNIFORM)
+    return x + ((torch.special.ndtr(normal) - 0.5) * width).to(x.dtype)
 
 
 @dataclass(frozen=True)

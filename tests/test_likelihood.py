@@ -189,7 +189,7 @@ def test_estimates_agree_with_the_exact_trace_within_their_standard_errors() -> 
         ("hutchinson", "gaussian"),
         ("hutch++", ""),
     ):
-        for probes in (4, 16):
+        for probes in (4, 16) if law else (6, 9):
             found = log_likelihood(
                 score_fn, SDE_VP, x, divergence=divergence, probes=probes,
                 probe_law=law or "rademacher", **options,
@@ -200,7 +200,7 @@ def test_estimates_agree_with_the_exact_trace_within_their_standard_errors() -> 
             if count > 4:
                 assert float((t**2).mean()) < 3 * (count - 1) / (count - 3)
             low, high = found.interval(0.999)
-            assert float(((low <= exact) & (exact <= high)).double().mean()) > 0.8
+            assert float(((low <= exact) & (exact <= high)).double().mean()) > 0.8, divergence
             sizes[divergence, law, probes] = float((found.log_prob - exact).square().mean().sqrt())
     for law in ("rademacher", "gaussian"):
         ratio = sizes["hutchinson", law, 4] / sizes["hutchinson", law, 16]
