@@ -68,7 +68,14 @@ def likelihood_bound(
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 1:
         raise TypeError(f"x must be a floating tensor of shape (B, *event), got {x!r:.80}")
     noise = CounterNoise(seed, sample_numbers(sample_ids, len(x)))
-    values = torch.stack([_draw(score_fn, sde, x, noise, d, draws, chunk) for d in range(draws)], 1)
+    together = max(1, chunk // (2 * max(1, len(x))))
+    values = torch.cat(
+        [
+            _values(score_fn, sde, x, noise, part, draws, chunk)
+            for part in torch.arange(draws).split(together)
+        ],
+        1,
+    )
     stderr = torch.full_like(values[:, 0], math.nan)
     if draws > 1:
         # Draws are stratified in time: their noise is what neighbours differ by.
@@ -77,31 +84,34 @@ def likelihood_bound(
     return Bound(values.mean(1), stderr, values, 2 * draws)
 
 
-def _draw(
+def _values(
     score_fn: ScoreFn,
     sde: SDE,
     x: Tensor,
     noise: CounterNoise,
-    draw: int,
+    which: Tensor,
     draws: int,
     chunk: int,
 ) -> Tensor:
-    """The bound by one draw, ``(B,)`` float64."""
+    """The bound by each of some draws, ``(B, len(which))`` float64."""
     first, last = (sde.at(float(t)).map(lambda f: f.to(x.device)) for t in (sde.t_min, sde.t_max))
-    wide = x.double()
-    uniform = torch.special.ndtr(noise.normal(wide.new_empty(len(x)), draw, _TIMES))
-    place = (draw + uniform) / draws
+    wide, count = x.double(), len(which)
+    places = which.to(x.device)[:, None].expand(count, len(x))
+    uniform = torch.special.ndtr(noise.normal_at(wide.new_empty(len(x)), places, _TIMES))
+    place = ((places + uniform) / draws).flatten()
     low, high = last.half_log_snr, first.half_log_snr
     level = sde.at(sde.time(torch.lerp(high, low, place)))
-    z = noise.normal(wide, draw, _NOISE)
+    z = noise.normal_at(wide, places, _NOISE).flatten(0, 1)
     ratio = level.alpha / first.alpha
     # sigma'^2 = sigma^2 - ratio^2 sigma_0^2, in the form that does not cancel near t_min.
     share = torch.sqrt(-torch.expm1(2 * (level.half_log_snr - high)))
     spread = level.sigma * share
-    total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    indices = torch.arange(len(x), device=x.device).repeat(count)
+    start = expand(ratio, z) * wide[indices]
+    total = torch.zeros(len(z), dtype=torch.float64, device=x.device)
     for sign in (1.0, -1.0):
-        state = (expand(ratio, wide) * wide + sign * expand(spread, wide) * z).to(x.dtype)
-        eps = _evaluated(score_fn, state, level, chunk).double()
+        state = (start + sign * expand(spread, z) * z).to(x.dtype)
+        eps = _evaluated(score_fn, state, level, indices, chunk).double()
         total += 0.5 * per_sample_sum(eps**2)
         total -= per_sample_sum(eps * z) * sign / share
     size = math.prod(x.shape[1:])
@@ -112,13 +122,17 @@ def _draw(
     end = -sde.prior_log_prob(shrunk * wide)
     # E[-log prior] of a Gaussian of that deviation around it, exactly.
     end = end + 0.5 * size * (deviation / sde.prior_std().to(deviation)) ** 2
-    return (high - low) * total + end - size * torch.log(shrunk)
+    end = end - size * torch.log(shrunk)
+    return ((high - low) * total.reshape(count, len(x)) + end).mT.contiguous()
 
 
-def _evaluated(score_fn: ScoreFn, x: Tensor, level: NoiseLevel, chunk: int) -> Tensor:
+def _evaluated(
+    score_fn: ScoreFn, x: Tensor, level: NoiseLevel, indices: Tensor, chunk: int
+) -> Tensor:
+    """``eps`` at states of the samples ``indices``, some at a time."""
+    parts = []
     with torch.no_grad():
-        parts = []
-        for indices in torch.arange(len(x), device=x.device).split(chunk):
-            own = level.map(lambda field, indices=indices: field[indices])  # type: ignore[misc]
-            parts.append(select(score_fn, indices)(x[indices], own).eps)
-        return torch.cat(parts)
+        for rows in torch.arange(len(x), device=x.device).split(chunk):
+            own = level.map(lambda field, rows=rows: field[rows])  # type: ignore[misc]
+            parts.append(select(score_fn, indices[rows])(x[rows], own).eps)
+    return torch.cat(parts)
