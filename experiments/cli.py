@@ -12,6 +12,7 @@ import typer
 from experiments.failures import FAILED, OneLineGroup, guarded
 from experiments.interpolate_command import interpolate
 from experiments.likelihood_command import likelihood
+from experiments.noise_scales_command import noise_scales
 
 app = typer.Typer(
     name="sde-diffusion",
@@ -371,6 +372,9 @@ def targets() -> None:
     from experiments.tables import make_console
 
     make_console().print(target_table())
+
+
+app.command("noise-scales")(noise_scales)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from sde_diffusion.parametrization import (
     bind,
     continuous_time,
     edm_noise_label,
+    no_time,
     scaled_time,
     table_index,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "edm_noise_label",
     "named_sde",
     "named_target",
+    "no_time",
     "scaled_time",
     "sde_from_config",
     "table_index",

@@ -36,6 +36,7 @@ from sde_diffusion.parametrization import (
     X0Model,
     continuous_time,
     edm_noise_label,
+    no_time,
 )
 from sde_diffusion.schedules import sde_from_config
 from sde_diffusion.sde import SDE
@@ -65,7 +66,11 @@ VERSION = 1
 MODEL_FILE = "model.json"
 SHIPPED = Path(__file__).parent / "weights"
 _PARAMETRIZATIONS = {c.__name__: c for c in (EpsModel, X0Model, VModel, ScoreModel, EDMModel)}
-_TIME_LABELS = {"continuous_time": continuous_time, "edm_noise_label": edm_noise_label}
+_TIME_LABELS = {
+    "continuous_time": continuous_time,
+    "edm_noise_label": edm_noise_label,
+    "no_time": no_time,
+}
 _RETRAIN = "train the model again or restore the folder"
 
 
