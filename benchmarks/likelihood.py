@@ -112,6 +112,7 @@ def draw(path: Path, errors: list[float], held: dict[int, list[float]]) -> None:
         guide = [errors[0] * math.sqrt(GROUPS[0] / size) for size in GROUPS]
         left.loglog(GROUPS, guide, "--", color=GREY, label="probes$^{-1/2}$")
         left.set_xticks(GROUPS, [str(size) for size in GROUPS])
+        left.set_yticks([0.5, 1, 2], ["0.5", "1", "2"])
         left.minorticks_off()
         left.set_xlabel("probes")
         left.set_ylabel("RMS error, nats")
@@ -129,7 +130,7 @@ def draw(path: Path, errors: list[float], held: dict[int, list[float]]) -> None:
         right.set_xlabel("probes")
         right.set_ylabel("of intervals hold the exact-trace value, %")
         right.set_title("intervals by Student's t")
-        right.legend(loc="lower right", ncols=2)
+        right.legend(loc="center right", bbox_to_anchor=(1.0, 0.42), ncols=2)
 
 
 def score_sde(x: Tensor, repeats: int, seed: int) -> Tensor:

@@ -22,7 +22,10 @@ from experiments.results import environment, plain, write_whole
 from experiments.spec import parse_solver, spec_of
 from experiments.subjects import ExactSubject, ModelSubject, Subject, SubjectOptions, make_subjects
 from sde_diffusion.data import Dataset
+from sde_diffusion.discrete_bound import vlb
 from sde_diffusion.errors import require_count, require_finite, unknown_name
+from sde_diffusion.prediction import ScoreFn
+from sde_diffusion.tabulated import TabulatedVPSDE
 from sde_diffusion.units import bin_width, within_range
 from solvers import Adaptive, Integrator, Solver
 from solvers.dequantised import class_posterior, dequantise, dequantised_likelihood
@@ -109,6 +112,7 @@ class Figures:
     bits_stderr: Tensor | None = None
     bound: Tensor | None = None
     bound_stderr: Tensor | None = None
+    vlb: Tensor | None = None
     truth: Tensor | None = None
     predicted: Tensor | None = None
 
@@ -328,9 +332,21 @@ def _batch(plan: LikelihoodPlan, ids: Tensor) -> Figures:
         spread,
         torch.stack([each.bound for each in bounds]).mean(0).cpu() if bounds else None,
         torch.stack([each.stderr for each in bounds]).mean(0).cpu() if bounds else None,
+        _vlb(plan, score_fn, x),
         _truth(plan, x, ids),
         _predicted(plan, x, ids) if options.classify else None,
     )  # fmt: skip
+
+
+def _vlb(plan: LikelihoodPlan, score_fn: ScoreFn, x: Tensor) -> Tensor | None:
+    """``L_vlb`` of a discrete chain on the raw levels, in bits per dimension; ``None`` without."""
+    process, options = plan.subject.sdes[plan.sde], plan.options
+    if plan.width is None or not options.bound or not isinstance(process, TabulatedVPSDE):
+        return None
+    bins = round(2 / plan.width) + 1  # centred at -1, ..., 1
+    if abs(plan.width * (bins - 1) - 2) > 1e-6:  # not the decoder's bins
+        return None
+    return vlb(score_fn, process, x, bins=bins, seed=options.seed).bits_per_dim
 
 
 def _mean(likelihoods: tuple[Likelihood, ...], what: Callable[[Likelihood], Any]) -> Tensor:
@@ -385,6 +401,7 @@ def _summary(plan: LikelihoodPlan, figures: Figures) -> dict[str, float]:
 
     add("log likelihood", figures.log_prob)
     add("bits per dim", figures.bits_per_dim)
+    add("vlb", figures.vlb)
     add("truncation", figures.truncation)
     add("prior mismatch", figures.prior_mismatch)
     add("bound", figures.bound)

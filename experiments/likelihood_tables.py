@@ -16,6 +16,7 @@ _ROWS = (
     ("truth", "true log p(x)", "nats, of clean data"),
     ("absolute error", "|error|", "nats, mean over samples"),
     ("bits per dim", "bits/dim", "of the raw levels, dequantised: an upper bound"),
+    ("vlb", "L_vlb", "bits/dim of the raw levels: the discrete chain's bound"),
     ("bound", "-log p ≤", "nats, likelihood-weighting bound on the SDE's law, same data"),
     ("truncation", "truncation", "nats, log p at t_min above clean data's; estimate"),
     ("prior mismatch", "prior", "nats, to add for the true law at t_max; estimate"),
