@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from experiments.failures import FAILED, OneLineGroup, guarded
+from experiments.interpolate_command import interpolate
+from experiments.likelihood_command import likelihood
 from experiments.noise_scales_command import noise_scales
 
 app = typer.Typer(
@@ -352,6 +354,10 @@ def sample(
             out=out,
         )
     )
+
+
+app.command()(likelihood)
+app.command()(interpolate)
 
 
 @app.command()

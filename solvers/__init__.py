@@ -10,7 +10,12 @@ from solvers.adapters.diffusers_ import diffusers_scheduler
 from solvers.adaptive import Adaptive
 from solvers.base import Corrector, Integrator, Solver, Step, Stepped, make_steps
 from solvers.catalogue import catalogue
+from solvers.dequantised import class_posterior, dequantised_likelihood
+from solvers.encoding import change_class, decode, encode, interpolate, round_trip
 from solvers.ito.run import sample_ito
+from solvers.jacobian import Memory
+from solvers.likelihood import log_likelihood
+from solvers.likelihood_bound import likelihood_bound
 from solvers.noise import BrownianPath, CounterNoise, Noise, RecordedNoise
 from solvers.plans import FixedGrid, Plan
 from solvers.restart import Restart, RestartInterval
@@ -24,6 +29,7 @@ __all__ = [
     "CounterNoise",
     "FixedGrid",
     "Integrator",
+    "Memory",
     "Noise",
     "Plan",
     "RecordedNoise",
@@ -34,10 +40,19 @@ __all__ = [
     "Step",
     "Stepped",
     "catalogue",
+    "change_class",
+    "class_posterior",
+    "decode",
+    "dequantised_likelihood",
     "diffusers_scheduler",
+    "encode",
     "grids",
+    "interpolate",
     "ito",
+    "likelihood_bound",
+    "log_likelihood",
     "make_steps",
+    "round_trip",
     "sample",
     "sample_ito",
 ]
