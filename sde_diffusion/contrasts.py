@@ -60,8 +60,8 @@ def thresholded(score_fn: ScoreFn, quantile: float = 0.995, limit: float = 1.0) 
     """Dynamic thresholding, in x0 (Saharia et al. 2022, arXiv:2205.11487, sec. 2.3).
 
     Per sample, ``s`` is the larger of ``limit`` and that quantile of ``|x0|``; x0 is clipped to
-    ``[-s, s]`` and multiplied by ``limit / s``. It acts on the estimate of the clean sample, whatever
-    form the score has: the same rule on eps or v would be another one.
+    ``[-s, s]`` and multiplied by ``limit / s``. It acts on the estimate of the clean sample,
+    whatever form the score has: the same rule on eps or v would be another one.
 
     Args:
         quantile: in (0, 1]; 1 takes the largest element, which scales without clipping.
@@ -91,8 +91,8 @@ class _Thresholded:
         return _Thresholded(select(self.score_fn, indices), self.quantile, self.limit)
 
     def _quantile(self, x0: Tensor) -> Tensor:
-        """Of each sample's ``|x0|``, between neighbours by interpolation; ``torch.quantile`` refuses
-        batches above 16 million elements."""
+        """Of each sample's ``|x0|``, between neighbours by interpolation; ``torch.quantile``
+        refuses batches above 16 million elements."""
         ordered = x0.abs().reshape(len(x0), -1).sort(dim=1).values
         place = self.quantile * (ordered.shape[1] - 1)
         low = int(place)

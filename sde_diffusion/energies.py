@@ -1,8 +1,9 @@
 """Guidance by an energy: whatever one knows of the samples and can differentiate.
 
-``exp(-scale * E)`` reweights the law. Two forms, because an energy of clean samples and one of noised
-states are different things: the first is what domain knowledge usually is, and is applied to the
-estimate of x0; the second is exact where it is known how the energy looks at every noise level.
+``exp(-scale * E)`` reweights the law. Two forms, because an energy of clean samples and one of
+noised states are different things: the first is what domain knowledge usually is, and is
+applied to the estimate of x0; the second is exact where it is known how the energy looks at every
+noise level.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def energy_guided(score_fn: ScoreFn, energy: CleanEnergy, scale: Scale = 1.0) ->
 
     Args:
         energy: ``x0 (B, *event) -> (B,)``, differentiable; each sample's from that sample alone.
-        scale: a number, a 0-d tensor, ``(B,)``, or a function of the noise level. The number 0 gives
-            ``score_fn`` itself.
+        scale: a number, a 0-d tensor, ``(B,)``, or a function of the noise level. The number 0
+            gives ``score_fn`` itself.
     Raises:
         TypeError, ValueError: an energy that is no function or a scale that is not finite; at the
             first evaluation, an energy of another shape or without a gradient.
@@ -46,8 +47,8 @@ def energy_guided(score_fn: ScoreFn, energy: CleanEnergy, scale: Scale = 1.0) ->
 def noised_energy_guided(score_fn: ScoreFn, energy: NoisedEnergy, scale: Scale = 1.0) -> ScoreFn:
     """``score - scale * grad_x E(x_t, t)``: an energy of the noised state.
 
-    With ``E = -log p(y | x_t)`` this is the exact conditional score. An evaluation counts one network
-    pass for the energy.
+    With ``E = -log p(y | x_t)`` this is the exact conditional score. An evaluation counts one
+    network pass for the energy.
 
     Args:
         energy: ``(x (B, *event), level) -> (B,)``, differentiable; each sample's from that sample
