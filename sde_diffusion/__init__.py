@@ -1,7 +1,17 @@
 """What is being solved: SDEs, score functions, guidance and exact targets."""
 
+from sde_diffusion.contrasts import autoguided, thresholded
+from sde_diffusion.energies import energy_guided, noised_energy_guided
 from sde_diffusion.errors import NonFiniteError
 from sde_diffusion.guidance import classifier_free_guided, classifier_guided
+from sde_diffusion.linear_maps import Blur, LinearMap, Matrix, gaussian_kernel
+from sde_diffusion.measurements import (
+    Colorization,
+    Downsampling,
+    Inpainting,
+    LinearMeasurement,
+    Measurement,
+)
 from sde_diffusion.named_targets import TARGETS, named_target
 from sde_diffusion.parametrization import (
     EDMModel,
@@ -16,6 +26,7 @@ from sde_diffusion.parametrization import (
     table_index,
 )
 from sde_diffusion.prediction import Prediction, ScoreFn
+from sde_diffusion.restoration import dps_guided, pigdm_guided
 from sde_diffusion.schedules import SDES, named_sde, sde_from_config
 from sde_diffusion.sde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, NoiseLevel, SubVPSDE
 from sde_diffusion.tabulated import TabulatedVPSDE
@@ -28,10 +39,18 @@ __all__ = [
     "TARGETS",
     "VESDE",
     "VPSDE",
+    "Blur",
+    "Colorization",
     "CosineVPSDE",
+    "Downsampling",
     "EDMModel",
     "EpsModel",
     "GaussianMixture",
+    "Inpainting",
+    "LinearMap",
+    "LinearMeasurement",
+    "Matrix",
+    "Measurement",
     "NoiseLevel",
     "NonFiniteError",
     "Prediction",
@@ -41,14 +60,21 @@ __all__ = [
     "TabulatedVPSDE",
     "VModel",
     "X0Model",
+    "autoguided",
     "bind",
     "classifier_free_guided",
     "classifier_guided",
     "continuous_time",
+    "dps_guided",
     "edm_noise_label",
+    "energy_guided",
+    "gaussian_kernel",
     "named_sde",
     "named_target",
+    "noised_energy_guided",
+    "pigdm_guided",
     "scaled_time",
     "sde_from_config",
     "table_index",
+    "thresholded",
 ]

@@ -63,6 +63,11 @@ class Measurement:
             raise ValueError("y holds NaN or infinite values; a measurement must be finite")
         return y
 
+    def weighed(self, residual: Tensor, a: Tensor, b: float) -> Tensor:
+        """``residual`` over the variance ``a + b`` it would have if A kept lengths; a linear
+        measurement knows better."""
+        return times(1 / (a + b), residual)
+
     def numbers(self, y: Tensor) -> int:
         """How many numbers are measured of one sample."""
         return y[0].numel()
@@ -110,6 +115,9 @@ class LinearMeasurement(Measurement, ABC):
         if gram is None:
             return conjugate_gradients(lambda w: times(a, self(self.adjoint(w))) + b * w, v)
         return times(1 / (a * gram + b), v)
+
+    def weighed(self, residual: Tensor, a: Tensor, b: float) -> Tensor:
+        return self.solve(residual, a, b)
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         """``A^+ y``: the smallest x with ``A x`` nearest to y."""

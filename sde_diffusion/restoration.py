@@ -127,6 +127,21 @@ def measured_residual(measurement: Measurement, y: Tensor, x0: Tensor) -> Tensor
     return y.to(measured) - measured
 
 
+def differentiable_residual(measurement: Measurement, y: Tensor, x0: Tensor) -> Tensor:
+    """``y - A(x0)`` for an x0 that autograd follows.
+
+    Raises:
+        ValueError: the measurement has no gradient, or shapes differ.
+    """
+    try:
+        residual = measured_residual(measurement, y, x0)
+    except RuntimeError as error:  # autograd's own, as for .numpy() inside a function
+        raise ValueError(_NO_GRADIENT) from error
+    if not residual.requires_grad:
+        raise ValueError(_NO_GRADIENT)
+    return residual
+
+
 class _Guided:
     """A score moved by the gradient of ``A(x0(x))`` along a cotangent."""
 
@@ -150,12 +165,7 @@ class _Guided:
     def __call__(self, x: Tensor, level: NoiseLevel) -> Prediction:
         def forward(x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
             prediction = self.score_fn(x, level)
-            try:
-                residual = measured_residual(self.measurement, self.y, prediction.x0)
-            except RuntimeError as error:  # autograd's own, as for .numpy() inside a function
-                raise ValueError(_NO_GRADIENT) from error
-            if not residual.requires_grad:
-                raise ValueError(_NO_GRADIENT)
+            residual = differentiable_residual(self.measurement, self.y, prediction.x0)
             return residual, self.cotangent(residual, level), (prediction.eps,)
 
         gradient, eps = pull_back(x, level, forward)

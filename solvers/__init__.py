@@ -12,7 +12,10 @@ from solvers.base import Corrector, Integrator, Solver, Step, Stepped, make_step
 from solvers.catalogue import catalogue
 from solvers.noise import BrownianPath, CounterNoise, Noise, RecordedNoise
 from solvers.plans import FixedGrid, Plan
+from solvers.repaint import RePaint
+from solvers.replacement import Replacement, manifold_constrained
 from solvers.sample import sample
+from solvers.smc import SMCSolution, smc_sample
 from solvers.solution import Solution
 
 __all__ = [
@@ -24,7 +27,10 @@ __all__ = [
     "Integrator",
     "Noise",
     "Plan",
+    "RePaint",
     "RecordedNoise",
+    "Replacement",
+    "SMCSolution",
     "Solution",
     "Solver",
     "Step",
@@ -33,7 +39,9 @@ __all__ = [
     "diffusers_scheduler",
     "grids",
     "make_steps",
+    "manifold_constrained",
     "sample",
+    "smc_sample",
 ]
 
 
