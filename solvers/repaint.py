@@ -55,9 +55,13 @@ class RePaint(Plan):
                 "noise out, or give CounterNoise"
             )
         solver, x = run.solver, run.x
-        steps = make_steps(run.sde, solver, run.times, x)
-        pieces = [steps[i : i + self.jump] for i in range(0, len(steps), self.jump)]
-        taken, total = 0, self.times * len(steps)
+        count = len(run.times) - 1
+        # Each piece is a run of its own to the solver, whose memory does not reach across its ends.
+        pieces = [
+            make_steps(run.sde, solver, run.times[first : first + self.jump + 1], x)
+            for first in range(0, count, self.jump)
+        ]
+        taken, total = 0, self.times * count
         with reporting(run.progress, total) as report:
             for piece in pieces:
                 for walk in range(self.times):

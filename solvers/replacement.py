@@ -31,8 +31,9 @@ class Replacement(Solver):
     Where the measurement is noisy and ``A A^T = c I``, y brings noise of ``alpha noise_std`` along:
     only the rest of ``sqrt(c) sigma`` is added, and below that level nothing is replaced any more.
 
-    No gradient and no evaluation is needed. The law it samples is not the posterior: the score does
-    not know what was measured, only the state does.
+    A multistep solver keeps no memory here: every step is taken as the first of a run. No gradient
+    and no evaluation is needed. The law it samples is not the posterior: the score does not know
+    what was measured, only the state does.
 
     Args:
         solver: any that steps here.
@@ -74,20 +75,34 @@ class Replacement(Solver):
         return self.solver.stages(sde, start, end)
 
     def coefficients(self, step: Step) -> Coefficients:
-        return (
-            self.solver.coefficients(step),
-            self._noised(step.start),
-            self._noised(step.end),
-        )
+        return self._each_alone(step), self._noised(step.start), self._noised(step.end)
 
     def step(self, score_fn: ScoreFn, x: Tensor, step: Step, state: State, noise: Noise) -> Stepped:
-        inner, before, after = step.coefficients or expanded(self.coefficients(step), x)
+        if step.coefficients:
+            inner, before, after = step.coefficients
+        else:  # made by hand: the solver sees to its own
+            inner = ()
+            before, after = (expanded(self._noised(level), x) for level in (step.start, step.end))
         if step.index == 0:
             x = self._replaced(x, before, noise(x, step, _FIRST))
         mine = Step(step.index, step.start, step.end, step.stages, inner)
-        stepped = self.solver.step(score_fn, x, mine, state, noise)
-        x = self._replaced(stepped.x, after, noise(x, step, _KNOWN))
-        return Stepped(x, self.solver.displaced(stepped.state))
+        x = self.solver.step(score_fn, x, mine, state, noise).x
+        x = self._replaced(x, after, noise(x, step, _KNOWN))
+        # Every step puts in fresh noise, so that differences between evaluations, which a multistep
+        # method extrapolates, are noise in the measured part: it begins anew.
+        return Stepped(x, self.solver.init(x))
+
+    def _each_alone(self, step: Step) -> Coefficients:
+        """The solver's coefficients, of every step as if it were a run of its own."""
+        count = step.start.t.numel()
+        rows = []
+        for i in range(count):
+            start, end, *stages = (
+                level.map(lambda field, i=i: field[i : i + 1])  # type: ignore[misc]
+                for level in (step.start, step.end, *step.stages)
+            )
+            rows.append(self.solver.coefficients(Step(0, start, end, tuple(stages))))
+        return _stacked(rows)
 
     def _noised(self, level: NoiseLevel) -> Coefficients:
         """``alpha``, the noise to add, and 1 where the measured part is replaced, else 0."""
@@ -103,6 +118,14 @@ class Replacement(Solver):
         measurement = self.measurement
         known = alpha * self.y.to(x) + measurement(sigma * z - x)
         return x + gate * measurement.pseudo_inverse(known)
+
+
+def _stacked(rows: list[Coefficients]) -> Coefficients:
+    """Coefficients with ``(1,)`` entries, one set per step, as one set with ``(N,)`` entries."""
+    return tuple(
+        _stacked(list(column)) if isinstance(column[0], tuple) else torch.cat(column)
+        for column in zip(*rows, strict=True)
+    )
 
 
 def manifold_constrained(

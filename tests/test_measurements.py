@@ -159,8 +159,8 @@ def test_y_of_another_kind_is_refused(y: object) -> None:
 @pytest.mark.parametrize("name", ["gaussian", "ring", "moons"])
 @pytest.mark.parametrize("noise_std", [0.15, 0.6])
 def test_posterior_against_numerical_integration(name: str, noise_std: float) -> None:
-    """p(x) p(y | x) summed on a grid of 2-D, whose steps are at most 0.6 of the smallest deviation s
-    here: the rectangle rule's error on a Gaussian is exp(-2 (pi s / h)^2) < 1e-20."""
+    """p(x) p(y | x) summed on a grid of 2-D, whose steps are at most 0.6 of the smallest deviation
+    s here: the rectangle rule's error on a Gaussian is exp(-2 (pi s / h)^2) < 1e-20."""
     target = named_target(name)
     matrix = torch.tensor([[0.8, -0.5]], dtype=torch.float64)
     y = torch.tensor([0.4], dtype=torch.float64)
