@@ -18,7 +18,7 @@ from sde_diffusion import (
     bind,
     named_target,
 )
-from solvers import smc_sample
+from solvers import Ancestral, sample, smc_sample
 from tests.problems import SDES
 
 # Two modes; the measurement lies between them and makes the lighter one likelier: guidance that
@@ -31,7 +31,7 @@ Y = torch.tensor([[-0.1]])
 POSTERIOR = TWO.posterior(SEEN, Y[0])
 
 
-def run(particles: int, *, shape: tuple[int, int] = (600, 2), **settings: Any) -> Any:
+def run(particles: int, *, shape: tuple[int, int] = (400, 2), **settings: Any) -> Any:
     settings = {"steps": 60, "grid": "log_snr", **settings}
     sde = settings.pop("sde", VPSDE(t_min=1e-4))
     return smc_sample(TWO.score_fn(sde), sde, SEEN, Y, shape=shape, particles=particles, **settings)
@@ -46,7 +46,7 @@ def upper(x: Tensor) -> Tensor:
 def test_error_falls_with_particles_to_the_floor(name: str) -> None:
     """The share of a mode that one particle per sample has: binomial, four standard errors."""
     truth = float(upper(POSTERIOR.sample(200_000, 0)[0]).mean())
-    floor = 4 * math.sqrt(truth * (1 - truth) / 600)
+    floor = 4 * math.sqrt(truth * (1 - truth) / 400)
     errors = []
     for particles in (1, 4, 32):
         found = run(particles, sde=SDES[name])
@@ -55,20 +55,31 @@ def test_error_falls_with_particles_to_the_floor(name: str) -> None:
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < floor
     mean = POSTERIOR.mean()
-    stderr = (POSTERIOR.covariance().diagonal() / 600).sqrt()
+    stderr = (POSTERIOR.covariance().diagonal() / 400).sqrt()
     # 60 steps of a chain of order 1: 0.02 beside four standard errors.
     assert bool(((found.x.double().mean(0) - mean).abs() < 4 * stderr + 0.02).all())
 
 
-def test_evidence_is_unbiased() -> None:
-    exact = TWO.log_evidence(SEEN, Y[0])
+def test_evidence_is_that_of_the_chain() -> None:
+    """Unbiased for the sampler's own chain, of which plain samples give the mean likelihood."""
+    sde = VPSDE(t_min=1e-4)
+    x = sample(
+        TWO.score_fn(sde),
+        sde,
+        Ancestral(),
+        shape=(40_000, 2),
+        steps=60,
+        grid="log_snr",
+        denoise=True,
+    ).x.double()
+    likelihood = torch.distributions.Normal(Y.double(), 0.15).log_prob(SEEN(x)).exp()
+    expected, stderr = float(likelihood.mean()), float(likelihood.std()) / 200
     for gradient in (True, False):
-        found = run(32, gradient=gradient).log_evidence
-        ratio = (found - exact).exp()
-        stderr = float(ratio.std()) / math.sqrt(len(ratio))
-        # Four standard errors, and 0.02 for a chain of 60 steps.
-        assert abs(float(ratio.mean()) - 1) < 4 * stderr + 0.02, gradient
-    assert abs(float(found.mean()) - exact) < 0.1
+        found = run(32, shape=(400, 2), gradient=gradient).log_evidence.exp()
+        both = math.hypot(stderr, float(found.std()) / 20)
+        assert abs(float(found.mean()) - expected) < 4 * both
+    # The chain's evidence tends to the target's: within 30 % at 60 steps, this far out in the tails.
+    assert abs(math.log(expected) - TWO.log_evidence(SEEN, Y[0])) < 0.3
 
 
 def test_measurements_without_a_gradient() -> None:
