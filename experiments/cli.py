@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from experiments.failures import FAILED, OneLineGroup, guarded
+from experiments.restore_command import restore
 
 app = typer.Typer(
     name="sde-diffusion",
@@ -344,6 +345,9 @@ def sample(
             out=out,
         )
     )
+
+
+app.command()(restore)
 
 
 @app.command()

@@ -78,7 +78,7 @@ def test_evidence_is_that_of_the_chain() -> None:
         found = run(32, shape=(400, 2), gradient=gradient).log_evidence.exp()
         both = math.hypot(stderr, float(found.std()) / 20)
         assert abs(float(found.mean()) - expected) < 4 * both
-    # The chain's evidence tends to the target's: within 30 % at 60 steps, this far out in the tails.
+    # The chain tends to the target: within 30 % at 60 steps, this far out in the tails.
     assert abs(math.log(expected) - TWO.log_evidence(SEEN, Y[0])) < 0.3
 
 
