@@ -23,6 +23,7 @@ from sde_diffusion import (
     pigdm_guided,
 )
 from sde_diffusion.errors import require_between, require_count, require_finite, unknown_name
+from sde_diffusion.scales import Scale, below
 from solvers import RePaint, Replacement, Solver, manifold_constrained, sample, smc_sample
 
 TASKS = ("inpaint", "color", "super", "deblur")
@@ -37,6 +38,7 @@ class Settings:
         solver: of all but smc, which has its own chain (``ancestral``).
         steps: of one walk over the grid.
         scale: of the gradients of dps, pigdm and mcg.
+        below: gradients act where sigma/alpha is below this; None: everywhere.
         data_std: standard deviation of the data, for the methods that assume one.
         jump, walks: of repaint.
         particles: of smc, per sample.
@@ -47,6 +49,7 @@ class Settings:
     steps: int
     seed: int
     scale: float = 1.0
+    below: float | None = None
     data_std: float = 1.0
     jump: int = 5
     walks: int = 5
@@ -178,7 +181,10 @@ def _by_sampler(
     ids: Tensor,
     settings: Settings,
 ) -> Restored:
-    solver, scale, spread = settings.solver, settings.scale, settings.data_std
+    solver, spread = settings.solver, settings.data_std
+    scale: Scale = settings.scale
+    if settings.below is not None:
+        scale = below(settings.below, scale)
     made: dict[str, Callable[[], tuple[ScoreFn, Solver]]] = {
         "replacement": lambda: (score_fn, Replacement(solver, measurement, y)),
         "repaint": lambda: (score_fn, Replacement(solver, measurement, y)),
@@ -224,6 +230,7 @@ def _by_particles(
         grid=settings.grid,
         particles=count,
         data_std=settings.data_std,
+        below=math.inf if settings.below is None else settings.below,
         seed=settings.seed,
         sample_ids=ids,
         device=y.device,

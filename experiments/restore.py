@@ -31,12 +31,13 @@ from experiments.results import environment, plain, write_whole
 from experiments.spec import parse_solver, spec_of
 from experiments.subjects import DIGITS, ModelSubject, SubjectOptions, make_subjects
 from sde_diffusion import LinearMeasurement, bind
-from sde_diffusion.errors import require_count
+from sde_diffusion.errors import require_count, require_finite
 from solvers import Integrator, Solver
 
 MANIFEST = "restored.json"
 ARRAYS = ("originals.npy", "measured.npy", "restored.npy")
 PICTURE = "restored.png"
+BELOW = 10.0  # sigma/alpha; above it the gradient of a network's x0 is its error over alpha squared
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class RestoreOptions:
     factor: int = 2
     blur: float = 1.0
     scale: float = 1.0
+    below: float | None = None
     jump: int = 5
     walks: int = 5
     particles: int = 16
@@ -110,6 +112,9 @@ def checked_solver(options: RestoreOptions) -> Solver:
     ):
         require_count(name, value)
     require_count("--seed", options.seed, least=0)
+    require_finite("--scale", options.scale)
+    if options.below is not None:
+        require_finite("--below", options.below, above=0.0)
     for name in options.methods:
         check_method(name, options.noise)
     solver = parse_solver(options.solver)
@@ -169,6 +174,7 @@ def make_plan(options: RestoreOptions) -> RestorePlan:
         options.steps,
         options.seed,
         options.scale,
+        BELOW if options.below is None else options.below,
         float(data.train_x.std()),
         options.jump,
         options.walks,

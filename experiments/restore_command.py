@@ -54,6 +54,12 @@ def restore(
     factor: Annotated[int, typer.Option(help="super: side of the blocks averaged.")] = 2,
     blur: Annotated[float, typer.Option(help="deblur: deviation of the kernel, in pixels.")] = 1.0,
     scale: Annotated[float, typer.Option(help="Of the gradients of dps, pigdm and mcg.")] = 1.0,
+    below: Annotated[
+        float | None,
+        typer.Option(
+            help="sigma/alpha below which gradients act. Default: 10; with --table everywhere."
+        ),
+    ] = None,
     jump: Annotated[int, typer.Option(help="repaint: steps of a piece.")] = 5,
     walks: Annotated[int, typer.Option(help="repaint: times each piece is walked.")] = 5,
     particles: Annotated[int, typer.Option(help="smc: particles of each sample.")] = 16,
@@ -106,6 +112,7 @@ def restore(
         factor=factor,
         blur=blur,
         scale=scale,
+        below=below,
         jump=jump,
         walks=walks,
         particles=particles,

@@ -93,6 +93,7 @@ def make_plan(options: RestoreOptions) -> TablePlan:
         options.steps,
         options.seed,
         options.scale,
+        options.below,
         float(covariance.diagonal().mean().sqrt()),
         options.jump,
         options.walks,

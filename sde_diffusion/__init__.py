@@ -27,6 +27,7 @@ from sde_diffusion.parametrization import (
 )
 from sde_diffusion.prediction import Prediction, ScoreFn
 from sde_diffusion.restoration import dps_guided, pigdm_guided
+from sde_diffusion.scales import below
 from sde_diffusion.schedules import SDES, named_sde, sde_from_config
 from sde_diffusion.sde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, NoiseLevel, SubVPSDE
 from sde_diffusion.tabulated import TabulatedVPSDE
@@ -61,6 +62,7 @@ __all__ = [
     "VModel",
     "X0Model",
     "autoguided",
+    "below",
     "bind",
     "classifier_free_guided",
     "classifier_guided",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from sde_diffusion.broadcast import expand
@@ -49,3 +50,22 @@ def weight_of(scale: Scale, level: NoiseLevel, x: Tensor) -> float | Tensor:
     """The scale, ready to multiply ``x``."""
     value = scale_at(scale, level)
     return expand(value, x).to(x.dtype) if isinstance(value, Tensor) else value
+
+
+def below(ratio: float, scale: Scale = 1.0) -> Scale:
+    """``scale`` where ``sigma / alpha`` is below ``ratio``, 0 above.
+
+    For gradients through a network's estimate of x0: its error there is divided by alpha, and the
+    gradient's effect on x0 by alpha squared, while so noisy a state says next to nothing of x0.
+
+    Args:
+        ratio: above 0, in sigma/alpha.
+    """
+    require_finite("ratio", ratio, above=0.0)
+    check_scale(scale)
+
+    def gated(level: NoiseLevel) -> Tensor:
+        inside = level.sigma_over_alpha < ratio
+        return torch.where(inside, scale_at(scale, level), 0.0)
+
+    return gated

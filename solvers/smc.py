@@ -65,6 +65,7 @@ def smc_sample(
     particles: int = 16,
     gradient: bool = True,
     data_std: float = 1.0,
+    below: float = math.inf,
     resample_below: float = 0.5,
     grid: str | grids.Grid | Sequence[float] | Tensor | None = None,
     seed: int = 0,
@@ -95,6 +96,9 @@ def smc_sample(
             if nothing were known, which takes many more of them, and serves measurements that have
             no gradient.
         data_std: standard deviation of the data, for r^2; see ``sde_diffusion.restoration``.
+        below: the twist acts where ``sigma / alpha`` is below this; above, particles move as if
+            nothing were known, since a network's estimate of x0 says little there. No bias comes of
+            it.
         resample_below: the share of ``particles`` below which the effective sample size must fall,
             in [0, 1]; 1 resamples at every step.
         grid, seed, sample_ids, dtype, device, progress: as for ``sample``.
@@ -117,6 +121,8 @@ def smc_sample(
     require_count("particles", particles)
     require_between("resample_below", resample_below, 0, 1)
     require_finite("data_std", data_std, above=0.0)
+    if not below > 0:
+        raise ValueError(f"below must be above 0, in sigma/alpha, got {below!r}")
     times = grids.resolve(grid, sde, steps)
     ids = torch.arange(count) if sample_ids is None else torch.as_tensor(sample_ids).long()
     if ids.shape != (count,):
@@ -124,7 +130,12 @@ def smc_sample(
     own = torch.arange(count, device=device).repeat_interleave(particles)
     counted = CountedScoreFn(select(score_fn, own))
     twist = _Twist(
-        counted, measurement, y if len(y) == 1 else y.to(own.device)[own], gradient, data_std
+        counted,
+        measurement,
+        y if len(y) == 1 else y.to(own.device)[own],
+        gradient,
+        data_std,
+        below,
     )
     x = torch.empty((count * particles, *event), dtype=dtype, device=device)
     noise = CounterNoise(seed, (ids[:, None] * particles + torch.arange(particles)).reshape(-1))
@@ -150,9 +161,11 @@ def smc_sample(
             len(all_steps) - 1,
             float(times[-1]),
         )
-    passes = counted.network_passes
-    if gradient:  # at every level but the last
-        passes += passes - cost_of(counted.score_fn, all_steps[-1].end)
+    passes = counted.network_passes + sum(
+        cost_of(counted.score_fn, step.start)
+        for step in all_steps
+        if gradient and twist.acts(step.start)
+    )
     constant = 0.5 * measurement.numbers(y) * math.log(2 * math.pi * measurement.noise_std**2)
     found = at.x0.reshape(count, particles, *event)
     return SMCSolution(
@@ -196,11 +209,13 @@ class _Twist:
     y: Tensor
     gradient: bool
     data_std: float
+    below: float
 
     def __call__(self, x: Tensor, level: NoiseLevel, last: bool) -> _At:
         variance = self.measurement.noise_std**2
         spread = spread_of_x0(level, self.data_std)
-        moving = self.gradient and not last
+        acting = last or self.acts(level)
+        moving = self.gradient and acting and not last
         if last:  # the estimate is what is returned, and its likelihood is the true one
             spread = torch.zeros_like(spread)
 
@@ -210,6 +225,8 @@ class _Twist:
             residual = residual_of(self.measurement, self.y, prediction.x0)
             weighed = self.measurement.weighed(residual, spread, variance)
             log_twist = -0.5 * per_sample_sum(residual.double() * weighed.double())
+            if not acting:
+                log_twist = torch.zeros_like(log_twist)
             return residual, weighed, (prediction.eps, prediction.x0, log_twist)
 
         if moving:
@@ -217,6 +234,9 @@ class _Twist:
             return _At(eps, pull, x0, log_twist)
         _, _, (eps, x0, log_twist) = forward(x, level)
         return _At(eps, None, x0, log_twist)
+
+    def acts(self, level: NoiseLevel) -> bool:
+        return float(level.sigma_over_alpha) < self.below
 
 
 def _moved(x: Tensor, at: _At, step: Step, noise: CounterNoise) -> tuple[Tensor, Tensor]:
