@@ -13,6 +13,7 @@ from experiments.failures import FAILED, OneLineGroup, guarded
 from experiments.interpolate_command import interpolate
 from experiments.likelihood_command import likelihood
 from experiments.noise_scales_command import noise_scales
+from experiments.restore_command import restore
 
 app = typer.Typer(
     name="sde-diffusion",
@@ -358,6 +359,7 @@ def sample(
 
 app.command()(likelihood)
 app.command()(interpolate)
+app.command()(restore)
 
 
 @app.command()
