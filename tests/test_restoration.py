@@ -21,6 +21,7 @@ from sde_diffusion import (
     Prediction,
     ScoreFn,
     autoguided,
+    below,
     classifier_free_guided,
     classifier_guided,
     dps_guided,
@@ -296,6 +297,21 @@ def test_shortcuts() -> None:
     assert energy_guided(score_fn, torch.abs, 0) is score_fn
     assert autoguided(score_fn, other, 1) is score_fn
     assert autoguided(score_fn, other, 0) is other
+
+
+def test_below_a_level() -> None:
+    sde = SDES["vp"]
+    score_fn = NORMAL.score_fn(sde)
+    times = torch.tensor([0.9, 0.1, 0.5], dtype=torch.float64)
+    x, levels = states(sde, 0.5, 3), sde.at(times)
+    gated = dps_guided(score_fn, KNOWN, Y, below(1.0, torch.tensor([2.0, 3.0, 4.0])))
+    always = dps_guided(score_fn, KNOWN, Y, torch.tensor([2.0, 3.0, 4.0]))
+    assert (levels.sigma_over_alpha < 1).tolist() == [False, True, False]
+    expected = score_fn(x, levels).score
+    expected[1] = always(x, levels).score[1]
+    torch.testing.assert_close(gated(x, levels).score, expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="ratio"):
+        below(0.0)
 
 
 def test_thresholding_acts_in_x0() -> None:

@@ -153,6 +153,10 @@ def test_what_is_reported() -> None:
     assert (found.nfe, found.network_passes) == (11, 21)  # no gradient at the last level
     plain = run(8, shape=(7, 2), steps=10, gradient=False)
     assert (plain.nfe, plain.network_passes) == (11, 11)
+    late = run(8, shape=(7, 2), steps=10, below=2.0)
+    acting = int((VPSDE(t_min=1e-4).at(late.times[:-1]).sigma_over_alpha < 2.0).sum())
+    assert 0 < acting < 10
+    assert (late.nfe, late.network_passes) == (11, 11 + acting)
     assert all((x == found.particles[i]).all(1).any() for i, x in enumerate(found.x))
 
 
@@ -165,6 +169,7 @@ def test_what_is_reported() -> None:
         ({"y": torch.zeros(1, 2)}, ValueError, "must have shape"),
         ({"particles": 0}, ValueError, "particles"),
         ({"resample_below": 2.0}, ValueError, "resample_below"),
+        ({"below": 0.0}, ValueError, "below"),
         ({"data_std": 0.0}, ValueError, "data_std"),
         ({"steps": 0}, ValueError, "steps"),
         ({"shape": (0, 2)}, ValueError, r"shape\[0\]"),
