@@ -59,12 +59,14 @@ TSITOURAS = Pair(
 
 
 class _EmbeddedPair(Solver):
-    """An explicit pair in ``z = x / sqrt(alpha^2 + sigma^2)`` over ``lambda = half_log_snr``.
+    """An explicit pair in ``z = x / sqrt(alpha^2 + sigma^2)`` over the angle ``arctan(sigma /
+    alpha)``.
 
-    With ``sin = sigma / sqrt(alpha^2 + sigma^2)`` every linear SDE's probability-flow ODE (Karras
-    et al. 2022, arXiv:2206.00364, eq. 4) is ``dz/dlambda = -sin (eps - sin z)``. Its right-hand
-    side vanishes at both ends, where z is the noise and the data; in ``y = x / alpha`` over lambda
-    that of the noisy end grows like ``exp(-lambda)``.
+    With ``cos`` and ``sin`` of that angle, ``z = cos x0 + sin eps``, and every linear SDE's
+    probability-flow ODE (Karras et al. 2022, arXiv:2206.00364, eq. 4) is ``dz/dangle = cos eps -
+    sin x0 = (eps - sin z) / cos``. While x0 and eps stand still z is a sine wave of the angle, for
+    which no step is too long; over ``half_log_snr`` the same curve has poles at a distance of pi/2,
+    and steps are held to about that.
 
     The slope at a step's end is carried over (first same as last): a step costs stages - 1
     evaluations, a run one more; a step tried again costs no more.
@@ -89,9 +91,11 @@ class _EmbeddedPair(Solver):
         return ()
 
     def stages(self, sde: SDE, start: NoiseLevel, end: NoiseLevel) -> tuple[NoiseLevel, ...]:
-        ends = start.half_log_snr, end.half_log_snr
+        ends = _angle(start), _angle(end)
         inside = {
-            node: sde.at(sde.time(torch.lerp(*ends, node))) for node in self.pair.nodes if node < 1
+            node: sde.at(sde.time(-torch.lerp(*ends, node).tan().log()))
+            for node in self.pair.nodes
+            if node < 1
         }
         return tuple(inside.get(node, end) for node in self.pair.nodes)
 
@@ -99,7 +103,7 @@ class _EmbeddedPair(Solver):
         """What makes the first slope; for each stage, what multiplies x, then each slope of
         non-zero weight, then what makes its own slope; then the error's."""
         first, last = step.start, step.end
-        span = last.half_log_snr - first.half_log_snr
+        span = _angle(last) - _angle(first)
         factors = [*_slope_factors(first)]
         for row, level in zip(self.pair.rows, step.stages, strict=True):
             factors.append(_radius(level) / _radius(first))
@@ -142,11 +146,14 @@ def _radius(level: NoiseLevel) -> Tensor:
     return torch.sqrt(level.alpha**2 + level.sigma**2)
 
 
+def _angle(level: NoiseLevel) -> Tensor:
+    return torch.atan(level.sigma_over_alpha)
+
+
 def _slope_factors(level: NoiseLevel) -> tuple[Tensor, Tensor]:
-    """What multiplies eps and x in ``dz/dlambda``."""
+    """What multiplies eps and x in ``dz/dangle``."""
     radius = _radius(level)
-    sine = level.sigma / radius
-    return -sine, sine**2 / radius
+    return radius / level.alpha, -level.sigma / (level.alpha * radius)
 
 
 def _sum(
