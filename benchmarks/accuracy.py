@@ -20,9 +20,11 @@ Targets: at NFE 5 to 50 no worse than diffusers; with a fitted grid at most 0.7 
 to 30; energy distance at NFE 20 and 50 no worse, beyond twice the standard error; adaptive, at most
 0.8 of the evaluations of torchdiffeq's dopri5 on the raw equation.
 
-Run: ``python -m benchmarks.accuracy`` (all: about an hour on one core, most of it ``gmm16``). What
-is measured is kept in ``runs/accuracy``, one file for each piece, and not measured again: a run that was cut off goes on, ``--target ring --sde vp`` does a part, ``--report`` prints
-what there is, ``--again fitted`` measures one side anew. diffusers is the extra ``peers``.
+Run: ``python -m benchmarks.accuracy`` (all: more than an hour on one core, most of it ``gmm16``).
+What is measured is kept in ``runs/accuracy``, one file for each piece, and not measured again: a
+run that was cut off goes on, ``--target ring --sde vp`` does a part, ``--report`` prints what there
+is, ``--again fitted`` measures one part anew. Of our solvers the multistep methods compete; the
+one-step ones, which came first nowhere, join them with ``--all``. diffusers is the extra ``peers``.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ import torch
 
 from benchmarks import accuracy_cells as cells
 from benchmarks import adaptive
-from benchmarks.accuracy_report import report
 from benchmarks.accuracy_cells import Contender, Problem, label
+from benchmarks.accuracy_report import report
 from sde_diffusion.storage import read_json, write_json
 from solvers.adapters import diffusers_
 
@@ -164,7 +166,9 @@ def measure(store: Store, options: argparse.Namespace) -> None:
                 for nfe in options.nfe:
                     started = time.perf_counter()
                     measure_ode(store, problem, nfe, options.part, options.all)
-                    print(f"{problem}, NFE {nfe}: {time.perf_counter() - started:.0f} s", flush=True)
+                    print(
+                        f"{problem}, NFE {nfe}: {time.perf_counter() - started:.0f} s", flush=True
+                    )
             if "stochastic" in options.part:
                 for nfe in STOCHASTIC_BUDGETS:
                     measure_sde(store, Problem(target_name, sde_name), nfe)
@@ -184,7 +188,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="our one-step solvers too")
     parser.add_argument("--again", nargs="+", choices=PARTS, default=(), help="measure anew")
     parser.add_argument("--store", type=Path, default=STORE, help="where results are kept")
-    parser.add_argument("--report", action="store_true", help="print what there is, measure nothing")
+    parser.add_argument(
+        "--report", action="store_true", help="print what there is, measure nothing"
+    )
     return parser.parse_args()
 
 

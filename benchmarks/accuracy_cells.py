@@ -36,6 +36,7 @@ GRIDS: dict[str, grids.Grid] = {
 SAMPLES = 2048
 FINE_STEPS = 500
 PILOT = 256
+SEARCH = 120
 SIGMAS: tuple[dict[str, Any], ...] = (
     {},
     {"use_karras_sigmas": True},
@@ -185,7 +186,7 @@ def fitted_grid(problem: Problem, solver: Solver, steps: int) -> Any:
     """The grid fitted to noises of its own, in float32; used for float64 states as well."""
     score_fn = problem.target.score_fn(problem.sde)
     shape = (problem.target.dimension,)
-    return fit(score_fn, problem.sde, solver, steps, PILOT, shape=shape, seed=1)
+    return fit(score_fn, problem.sde, solver, steps, PILOT, shape=shape, seed=1, evaluations=SEARCH)
 
 
 def errors(problem: Problem, contender: Contender, nfe: int, fine: Tensor) -> list[float] | None:

@@ -55,9 +55,9 @@ def arctan(sde: SDE, steps: int, rho: float = 3.0, scale: float = 0.5) -> Tensor
     """Uniform in ``arctan((sigma / (alpha scale))^(1 / rho))``: dense where noise and data compare.
 
     Where the noise outweighs the data, or is below its finest detail, x0 hardly changes; a grid
-    uniform in log-SNR spends most steps there. At rho = 1 the variable is the arc that
-    ``x / sqrt(alpha^2 + sigma^2)`` runs through, for data of standard deviation ``scale`` (Lu &
-    Song 2024, arXiv:2410.11081, sec. 4.1, whose 0.5 is the default here); the root tempers it as in
+    uniform in log-SNR spends most steps there. At rho = 1 the variable is the
+    angle of Lu & Song 2024 (arXiv:2410.11081, TrigFlow), with ``scale`` their sigma_d, and their
+    0.5 as default; the root tempers it as in
     ``karras``, which is the limit of large ``scale``. As rho grows the grid becomes ``log_snr``.
 
     Args:
@@ -68,8 +68,8 @@ def arctan(sde: SDE, steps: int, rho: float = 3.0, scale: float = 0.5) -> Tensor
     require_finite("rho", rho, above=0.0)
     require_finite("scale", scale, above=0.0)
     middle = -math.log(scale)
-    ends = (math.atan(math.exp((middle - value) / rho)) for value in _ends(sde))
-    angles = torch.linspace(*ends, steps + 1, dtype=torch.float64)
+    widest, least = (math.atan(math.exp((middle - value) / rho)) for value in _ends(sde))
+    angles = torch.linspace(widest, least, steps + 1, dtype=torch.float64)
     return _pinned(sde.time(middle - rho * angles.tan().log()), sde)
 
 

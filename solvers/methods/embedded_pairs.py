@@ -14,6 +14,8 @@ from sde_diffusion.sde import SDE, NoiseLevel
 from solvers.base import Coefficients, Solver, State, Step, Stepped
 from solvers.noise import Noise
 
+_POWER = 0.75  # of sigma / alpha in the variable of integration
+
 
 class Pair(NamedTuple):
     """An embedded pair whose last row is its weights, so that its last slope is the next step's
@@ -59,14 +61,15 @@ TSITOURAS = Pair(
 
 
 class _EmbeddedPair(Solver):
-    """An explicit pair in ``z = x / sqrt(alpha^2 + sigma^2)`` over the angle ``arctan(sigma /
-    alpha)``.
+    """An explicit pair in ``z = x / sqrt(alpha^2 + sigma^2)`` over ``a = arctan((sigma /
+    alpha)^(3/4))``.
 
-    With ``cos`` and ``sin`` of that angle, ``z = cos x0 + sin eps``, and every linear SDE's
-    probability-flow ODE (Karras et al. 2022, arXiv:2206.00364, eq. 4) is ``dz/dangle = cos eps -
-    sin x0 = (eps - sin z) / cos``. While x0 and eps stand still z is a sine wave of the angle, for
-    which no step is too long; over ``half_log_snr`` the same curve has poles at a distance of pi/2,
-    and steps are held to about that.
+    With ``sin = sigma / sqrt(alpha^2 + sigma^2)`` every linear SDE's probability-flow ODE (Karras
+    et al. 2022, arXiv:2206.00364, eq. 4) is ``dz/dlambda = -sin (eps - sin z)`` over lambda =
+    half_log_snr. While x0 and eps stand still z is a sine wave of ``arctan(sigma / alpha)``, for
+    which no step is too long; over lambda the same curve has poles at a distance of pi/2, which
+    hold steps to about that. The power spreads the clean end, where the finest detail of the data
+    is. ``benchmarks/adaptive.py`` measures what that saves.
 
     The slope at a step's end is carried over (first same as last): a step costs stages - 1
     evaluations, a run one more; a step tried again costs no more.
@@ -93,7 +96,7 @@ class _EmbeddedPair(Solver):
     def stages(self, sde: SDE, start: NoiseLevel, end: NoiseLevel) -> tuple[NoiseLevel, ...]:
         ends = _angle(start), _angle(end)
         inside = {
-            node: sde.at(sde.time(-torch.lerp(*ends, node).tan().log()))
+            node: sde.at(sde.time(-torch.lerp(*ends, node).tan().log() / _POWER))
             for node in self.pair.nodes
             if node < 1
         }
@@ -147,13 +150,16 @@ def _radius(level: NoiseLevel) -> Tensor:
 
 
 def _angle(level: NoiseLevel) -> Tensor:
-    return torch.atan(level.sigma_over_alpha)
+    return torch.atan(torch.exp(-_POWER * level.half_log_snr))
 
 
 def _slope_factors(level: NoiseLevel) -> tuple[Tensor, Tensor]:
-    """What multiplies eps and x in ``dz/dangle``."""
+    """What multiplies eps and x in ``dz/da``."""
     radius = _radius(level)
-    return radius / level.alpha, -level.sigma / (level.alpha * radius)
+    sine = level.sigma / radius
+    # -dlambda/da = (1 + r^2) / (_POWER r) with r = (sigma / alpha)^_POWER
+    rate = 2 / _POWER * torch.cosh(_POWER * level.half_log_snr)
+    return rate * sine, -rate * sine**2 / radius
 
 
 def _sum(
