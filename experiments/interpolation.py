@@ -185,16 +185,16 @@ def _ends(options: InterpolateOptions, subject: Subject) -> tuple[Tensor, Tensor
         return x[:pairs], x[pairs:], labels[:pairs]
     if not isinstance(subject, ModelSubject) or subject.data is None:
         raise ValueError(f"the data that {subject.name!r} was trained on is not to be had")
-    held, labels = subject.data.test_x, subject.data.test_y
+    held, classes = subject.data.test_x, subject.data.test_y
     chosen = torch.arange(len(held))
-    if options.label not in (None, "none") and labels is not None:
-        chosen = chosen[labels == int(options.label or 0)]
+    if options.label not in (None, "none") and classes is not None:
+        chosen = chosen[classes == int(options.label or 0)]
     if len(chosen) < 2 * pairs:
         found = len(chosen)
         raise ValueError(f"--pairs {pairs} needs {2 * pairs} held-out samples; there are {found}")
     generator = torch.Generator().manual_seed(options.seed)
     order = chosen[torch.randperm(len(chosen), generator=generator)[: 2 * pairs]]
-    own = None if labels is None else labels[order[:pairs]]
+    own = None if classes is None else classes[order[:pairs]]
     return held[order[:pairs]], held[order[pairs:]], own
 
 
