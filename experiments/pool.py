@@ -6,6 +6,7 @@ one, or whether two do.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 import time
@@ -91,10 +92,10 @@ def _in_processes(jobs: int, work: Sequence[Work]) -> Iterator[tuple[Task, Done]
                 for index, done in parallel(calls):
                     task, _ = left.pop(index)
                     yield task, done
-            except (TerminatedWorkerError, TimeoutError) as error:
+            except (TerminatedWorkerError, multiprocessing.TimeoutError, TimeoutError) as error:
                 for index in _under_way(Path(marks), left):
                     attempts[index] = attempts.get(index, 0) + 1
-                    hung = isinstance(error, TimeoutError)
+                    hung = not isinstance(error, TerminatedWorkerError)
                     if hung or attempts[index] == _ATTEMPTS:
                         task, _ = left.pop(index)
                         yield task, _lost(task, hung)
