@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.compare import Progress, steps_within
+from experiments.compare import Progress
 from experiments.conditions import Condition, make_conditions
 from experiments.draw import Drawn, Machine, make_machine, one_thread_each
 from experiments.folders import default_out, prepare_out
 from experiments.pictures import SampleGroup, samples_figure, strip_figure
+from experiments.planning import steps_within
 from experiments.results import environment, plain, write_whole
 from experiments.spec import parse_solver, spec_of
 from experiments.subjects import ExactSubject, ModelSubject, Subject, SubjectOptions, make_subjects
