@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from pathlib import Path
@@ -24,8 +25,8 @@ from sde_diffusion.data import load_data
 from sde_diffusion.errors import require_count, unknown_name
 
 
-def run_compare(options: compare.CompareOptions) -> None:
-    """``sde-diffusion compare``."""
+def run_compare(options: compare.CompareOptions) -> int:
+    """``sde-diffusion compare``; how many rows failed."""
     started = time.monotonic()
     plan = compare.make_plan(options)
     with ProgressBar() as bar:
@@ -36,7 +37,12 @@ def run_compare(options: compare.CompareOptions) -> None:
     for table in comparison_tables(outcome.folder.rows):
         console.print(table)
     console.print(legend(outcome.folder.rows), style="dim")
-    _wrote(console, outcome.folder.path, ["results.json", *(p.name for p in paths)], started)
+    for row in outcome.failed:
+        where = f"{row['target']} · {row['sde']} · {row['spec']} · {row['budget'] or 'own steps'}"
+        console.print(Text.assemble((f"{row['status']}: ", "red"), f"{where}: {row['error']}"))
+    files = ["results.json", "cells.parquet", *(p.name for p in paths)]
+    _wrote(console, outcome.folder.path, files, started)
+    return len(outcome.failed)
 
 
 def run_steps(options: steps.StepsOptions) -> None:
@@ -53,9 +59,10 @@ def run_steps(options: steps.StepsOptions) -> None:
 
 
 def run_orders(options: orders.OrdersOptions) -> bool:
-    """``sde-diffusion orders``; whether every solver passed."""
+    """``sde-diffusion orders``; whether every solver passed that is not a peer."""
     started = time.monotonic()
     plan = orders.make_plan(options)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)  # it comments on settings in every run
     with ProgressBar() as bar:
         file, certificates = orders.run(plan, bar)
         bar.now("picture")
@@ -63,9 +70,18 @@ def run_orders(options: orders.OrdersOptions) -> bool:
     console = make_console()
     for table in tables(certificates):
         console.print(table)
-    failed = [certificate.name for certificate in certificates if not certificate.passed]
+    peers = [certificate for certificate in certificates if certificate.peer]
+    own = [certificate for certificate in certificates if not certificate.peer]
+    failed = [certificate.name for certificate in own if not certificate.passed]
     verdict = "all pass" if not failed else f"{len(failed)} fail: {', '.join(failed)}"
-    console.print(f"{len(certificates)} certified, {verdict}")
+    if own:
+        console.print(f"{len(own)} certified, {verdict}")
+    if peers:
+        missing = sum(not certificate.passed for certificate in peers)
+        console.print(
+            f"{len(peers)} of diffusers measured, {missing} miss something they declare or are "
+            "asked for; the exit code does not speak of them"
+        )
     _wrote(console, file.path, [orders.ORDERS, *([orders.PICTURE] if drawn else [])], started)
     return not failed
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from experiments.conditions import ALL
-from experiments.estimates import Estimate, estimate
 from experiments.metrics import frechet_from_moments, label_accuracy
 from sde_diffusion.checkpoints import FeatureStatistics, LoadedModel
 from sde_diffusion.data import Dataset
 from sde_diffusion.networks import JudgeNet
+from sde_diffusion.samples import StoredSamples
 
 Which = int | Literal["all"] | None
 
@@ -50,28 +50,28 @@ class FeatureSpace:
         """Share of samples (N, *event) that the judge takes for their label."""
         return label_accuracy(self._judge(x.float()), labels)
 
-    def floor(self, samples: int, repeats: int, label: Which) -> dict[str, Estimate]:
-        """What held-out real data scores, in blocks of ``samples`` where it has as many.
+    def floor(self, samples: int, repeat: int, label: Which) -> dict[str, float]:
+        """What a block of ``samples`` held-out real samples scores, the ``repeat``-th one.
 
         Held-out data serves no two blocks; where there is less than one block of it, all of it is
-        one, and its size is the smaller one. Empty where the data is not at hand.
+        one, and its size is the smaller one. Empty where the data is not at hand or used up.
         """
         if self._data is None:
             stored = self._model.reference
-            if label is not None or "test" not in stored:
+            if label is not None or "test" not in stored or repeat:
                 return {}
             train, test = stored["train"], stored["test"]
             value = frechet_from_moments(test.mean, test.covariance, train.mean, train.covariance)
-            return {"frechet": Estimate(value)}
+            return {"frechet": value}
         order = self._held_out(label)
-        if len(order) < 2:
-            return {}
         size = min(samples, len(order))
-        blocks = [order[r * size : (r + 1) * size] for r in range(min(repeats, len(order) // size))]
+        block = order[repeat * size : (repeat + 1) * size]
+        if size < 2 or len(block) < size:
+            return {}
         x, y = self._data.test_x, self._data.test_y
-        found = {"frechet": estimate(self.distance(x[b], label) for b in blocks)}
+        found = {"frechet": self.distance(x[block], label)}
         if label is not None and y is not None and self.can_classify:
-            found["accuracy"] = estimate(self.accuracy(x[b], y[b]) for b in blocks)
+            found["accuracy"] = self.accuracy(x[block], y[block])
         return found
 
     def floor_size(self, samples: int, label: Which) -> int:
@@ -112,15 +112,22 @@ class FeatureSpace:
         if label is None:
             return _pair(FeatureStatistics.of(self._judge, data.train_x))
         if label != ALL:
-            return _pair(FeatureStatistics.of(self._judge, data.train_x[data.train_y == label]))
+            return _pair(FeatureStatistics.of(self._judge, _of_class(data, label)))
         parts = [
-            FeatureStatistics.of(self._judge, data.train_x[data.train_y == c])
+            FeatureStatistics.of(self._judge, _of_class(data, c))
             for c in range(data.num_classes or 0)
         ]
         means = torch.stack([part.mean for part in parts])
         mean = means.mean(0)
         within = torch.stack([part.covariance for part in parts]).mean(0)
         return mean, within + (means - mean).T @ (means - mean) / len(parts)
+
+
+def _of_class(data: Dataset, label: int | str) -> StoredSamples | Tensor:
+    """The training samples of one class, not read yet where they are stored."""
+    rows = torch.arange(len(data.train_x))[data.train_y == label]
+    x = data.train_x
+    return x.at(rows) if isinstance(x, StoredSamples) else x[rows]
 
 
 def _pair(moments: FeatureStatistics) -> tuple[Tensor, Tensor]:

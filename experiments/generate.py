@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.compare import Progress, steps_within
+from experiments.compare import Progress
 from experiments.conditions import Condition, make_conditions
 from experiments.draw import Drawn, Machine, make_machine, one_thread_each
 from experiments.folders import default_out, prepare_out
 from experiments.pictures import SampleGroup, samples_figure, strip_figure
+from experiments.planning import steps_within
 from experiments.results import environment, plain, write_whole
 from experiments.spec import parse_solver, spec_of
 from experiments.subjects import ExactSubject, ModelSubject, Subject, SubjectOptions, make_subjects
@@ -243,7 +244,11 @@ def _density(plan: SamplePlan) -> Any:
 
 
 def _raw(subject: Subject, x: Tensor) -> Tensor:
-    return subject.judge.data.scaling.to_raw(x) if isinstance(subject, ModelSubject) else x
+    if not isinstance(subject, ModelSubject):
+        return x
+    scaling = subject.judge.data.scaling
+    # Dequantised data comes back on its levels, anything else as the network made it.
+    return scaling.quantise(x) if scaling.dequantised else scaling.to_raw(x)
 
 
 def write_array(path: Path, x: Tensor) -> None:

@@ -39,6 +39,8 @@ ARRAYS = ("originals.npy", "measured.npy", "restored.npy")
 PICTURE = "restored.png"
 BELOW = 10.0  # sigma/alpha; above it the gradient of a network's x0 is its error over alpha squared
 
+_SPREAD_SAMPLES = 10_000  # are enough for the data's standard deviation
+
 
 @dataclass(frozen=True)
 class RestoreOptions:
@@ -167,7 +169,7 @@ def make_plan(options: RestoreOptions) -> RestorePlan:
             f"the data that {subject.name!r} was trained on are not to be found; name the images "
             "to restore with --data"
         )
-    originals = torch.cat([data.test_x, data.train_x])[:count]
+    originals = torch.cat([data.test_x[:count], data.train_x[:count]])[:count]
     (sde,) = subject.sdes
     settings = Settings(
         solver,
@@ -175,7 +177,7 @@ def make_plan(options: RestoreOptions) -> RestorePlan:
         options.seed,
         options.scale,
         BELOW if options.below is None else options.below,
-        float(data.train_x.std()),
+        float(data.train_x[:_SPREAD_SAMPLES].std()),
         options.jump,
         options.walks,
         options.particles,

@@ -4,6 +4,7 @@ from sde_diffusion.contrasts import autoguided, thresholded
 from sde_diffusion.energies import energy_guided, noised_energy_guided
 from sde_diffusion.errors import NonFiniteError
 from sde_diffusion.guidance import classifier_free_guided, classifier_guided
+from sde_diffusion.ito import ItoSDE
 from sde_diffusion.linear_maps import Blur, LinearMap, Matrix, gaussian_kernel
 from sde_diffusion.measurements import (
     Colorization,
@@ -22,6 +23,7 @@ from sde_diffusion.parametrization import (
     bind,
     continuous_time,
     edm_noise_label,
+    no_time,
     scaled_time,
     table_index,
 )
@@ -48,6 +50,7 @@ __all__ = [
     "EpsModel",
     "GaussianMixture",
     "Inpainting",
+    "ItoSDE",
     "LinearMap",
     "LinearMeasurement",
     "Matrix",
@@ -73,6 +76,7 @@ __all__ = [
     "gaussian_kernel",
     "named_sde",
     "named_target",
+    "no_time",
     "noised_energy_guided",
     "pigdm_guided",
     "scaled_time",

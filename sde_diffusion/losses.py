@@ -26,8 +26,10 @@ __all__ = [
     "edm_loss",
     "likelihood_weighting",
     "log_normal_times",
+    "mean_square",
     "perturbed",
     "simple_loss",
+    "stratified",
     "uniform_log_snr_times",
     "uniform_times",
 ]
@@ -42,7 +44,8 @@ def perturbed(x0: Tensor, level: NoiseLevel, noise: Tensor) -> Tensor:
     return expand(level.alpha, x0) * x0 + expand(level.sigma, x0) * noise
 
 
-def _mean_square(error: Tensor) -> Tensor:
+def mean_square(error: Tensor) -> Tensor:
+    """Mean over the event of the squared error: ``(B, *event) -> (B,)``."""
     return error.square() if error.ndim == 1 else error.flatten(1).square().mean(1)
 
 
@@ -67,7 +70,7 @@ def denoising_loss(
             squared error of the score is ``w = lambda / sigma^2`` here.
     """
     prediction = model(perturbed(x0, level, noise), level, label)
-    loss = _mean_square(prediction.eps - noise)
+    loss = mean_square(prediction.eps - noise)
     return loss if weighting is None else weighting(level).to(loss.dtype) * loss
 
 
@@ -112,7 +115,7 @@ def edm_loss(
     prediction = model(perturbed(x0, level, noise), level, label)
     ratio = level.sigma_over_alpha
     weight = (ratio**2 + model.sigma_data**2) / (ratio * model.sigma_data) ** 2
-    loss = _mean_square(prediction.x0 - x0)
+    loss = mean_square(prediction.x0 - x0)
     return weight.to(loss.dtype) * loss
 
 
@@ -132,7 +135,7 @@ def drop_labels(
     return torch.where(drop.to(label.device), torch.full_like(label, null_label), label)
 
 
-def _stratified(n: int, generator: torch.Generator) -> Tensor:
+def stratified(n: int, generator: torch.Generator) -> Tensor:
     """n numbers in (0, 1), in order, each uniform over its own of n equal strata."""
     offset = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
     strata = torch.arange(n, device=generator.device, dtype=torch.float64)
@@ -145,7 +148,7 @@ def uniform_times(n: int, sde: SDE, generator: torch.Generator) -> Tensor:
     The strata lower the variance of a batch's mean loss; they are in order, so pair them with
     samples that are not.
     """
-    return (sde.t_min + (sde.t_max - sde.t_min) * _stratified(n, generator)).float()
+    return (sde.t_min + (sde.t_max - sde.t_min) * stratified(n, generator)).float()
 
 
 def uniform_log_snr_times(n: int, sde: SDE, generator: torch.Generator) -> Tensor:
@@ -155,7 +158,7 @@ def uniform_log_snr_times(n: int, sde: SDE, generator: torch.Generator) -> Tenso
     be noise.
     """
     top, bottom = sde.at(sde.t_min).half_log_snr, sde.at(sde.t_max).half_log_snr
-    levels = top + (bottom - top) * _stratified(n, generator)
+    levels = top + (bottom - top) * stratified(n, generator)
     return sde.time(levels).clamp(sde.t_min, sde.t_max).float()
 
 
@@ -175,5 +178,5 @@ def log_normal_times(
         raise ValueError(
             f"log_normal_times needs finite mean and std > 0, got mean={mean}, std={std}"
         )
-    log_ratio = mean + std * torch.special.ndtri(_stratified(n, generator).clamp(1e-9, 1 - 1e-9))
+    log_ratio = mean + std * torch.special.ndtri(stratified(n, generator).clamp(1e-9, 1 - 1e-9))
     return sde.time(-log_ratio).clamp(sde.t_min, sde.t_max).float()

@@ -49,6 +49,11 @@ def edm_noise_label(level: NoiseLevel) -> Tensor:
     return -0.25 * level.half_log_snr
 
 
+def no_time(level: NoiseLevel) -> Tensor:
+    """Always 0: networks blind to the noise level (NCSNv2)."""
+    return torch.zeros_like(level.t)
+
+
 class ParametrizedModel(nn.Module, ABC):
     """A network and the reading of its output.
 
@@ -138,8 +143,8 @@ class ScoreModel(ParametrizedModel):
     """The network predicts the score.
 
     Args:
-        divide_by_sigma: the network is blind to the scale and its output is divided by sigma, as in
-            NCSNv2 (Song & Ermon 2020, arXiv:2006.09011, technique 3).
+        divide_by_sigma: ``score = F(x) / sigma``, F the network, as in NCSNv2 (Song & Ermon 2020,
+            arXiv:2006.09011, technique 3). There F is blind to sigma: give ``time_label=no_time``.
     """
 
     def __init__(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sde_diffusion.broadcast import expand
-from sde_diffusion.errors import require_between, require_count, require_finite
+from sde_diffusion.errors import require_between, require_count, require_finite, unknown_name
 from sde_diffusion.sde import SDE, NoiseLevel
 from solvers.base import Solver, State, Step, Stepped
 from solvers.guard import explain
@@ -19,9 +20,11 @@ from solvers.plans import Plan, Run
 from solvers.progress import reporting
 from solvers.solution import Solution
 
-_FIRST = 0.3  # of the span, at most: the first step
+_FIRST = 0.15  # of the span, at most: the first step
 _LEAST_ERROR = 1e-10
-_STRETCH = 1.01  # a step that ends this near to the end goes to it
+# A step that ends this near to the end goes to it: a short last step would cost as much as another,
+# and the solution is smooth there. After a rejection the step is as asked for, but for rounding.
+_STRETCH, _STRETCH_AGAIN = 1.3, 1.01
 _NON_FINITE_LIMIT = 16
 
 
@@ -35,7 +38,7 @@ class Adaptive(Plan):
     kept; steps, measured in ``half_log_snr``, are then multiplied by ``safety e^(-integral/k)
     e_before^(proportional/k)`` (PI control: Gustafsson 1991; Hairer & Wanner 1996, sec. IV.2), with
     k the solver's ``error_order``, within ``[shrink, grow]``; after a rejection by at most 1. A
-    rejected step shrinks by ``safety e^(-1/k)``. The first is ``min(0.3, (rtol + atol)^(1/k))``
+    rejected step shrinks by ``safety e^(-1/k)``. The first is ``min(0.15, (rtol + atol)^(1/k))``
     of the whole range: at its noisy end the solution is smooth, and a step too long costs one
     rejection.
 
@@ -48,6 +51,9 @@ class Adaptive(Plan):
         safety: in (0, 1].
         integral, proportional: the controller's exponents; 1 and 0 make the plain controller.
         shrink, grow: bounds of the step's factor.
+        unfinished: what becomes of samples that have not arrived after ``max_steps``, or whose
+            score is not finite: ``raise`` an error for the run, or mark them: ``nan`` states and
+            ``False`` in ``Solution.reached``, while the others go on as if alone.
     """
 
     rtol: float = 1e-4
@@ -58,6 +64,7 @@ class Adaptive(Plan):
     proportional: float = 0.4
     shrink: float = 0.2
     grow: float = 10.0
+    unfinished: Literal["raise", "nan"] = "raise"
     chooses_steps = True
 
     def __post_init__(self) -> None:
@@ -71,6 +78,8 @@ class Adaptive(Plan):
         require_finite("shrink", self.shrink, above=0.0)
         require_between("shrink", self.shrink, 0, self.safety)
         require_finite("grow", self.grow, above=1.0)
+        if self.unfinished not in ("raise", "nan"):
+            raise unknown_name("unfinished", self.unfinished, ("raise", "nan"))
 
     def check(self, solver: Solver, trajectory: bool, compile: bool, gradients: bool) -> None:
         if solver.error_order is None:
@@ -173,12 +182,16 @@ class _Walk:
             torch.zeros(count, device=device, dtype=torch.long) for _ in range(4)
         )
         self._result = torch.empty_like(x)
+        self._reached = torch.ones(count, device=device, dtype=torch.bool)
 
     def attempt(self) -> None:
         """Try one step of every active sample; those that arrive leave."""
         active, solver = self.active, self._run.solver
         if self._attempts >= self._plan.max_steps:
-            raise self._too_many()
+            if self._plan.unfinished == "raise":
+                raise self._too_many()
+            self._mark(torch.ones_like(active.rejected))
+            return
         step = self._step()
         calls, passes = self._score_fn.nfe, self._score_fn.network_passes
         stepped = solver.step(self._score_fn, active.x, step, active.state, self._noise)
@@ -189,11 +202,16 @@ class _Walk:
         finite = error.isfinite()
         accepted = finite & (error <= 1)
         active.non_finite = active.non_finite + ~finite
-        self._refuse_non_finite(step)
+        failed = active.non_finite >= _NON_FINITE_LIMIT
+        if self._plan.unfinished == "raise":
+            self._refuse_non_finite(step, failed)
         self._tried[active.indices] += 1
         self._accepted[active.indices] += accepted
         self._move(step, stepped, error, accepted)
-        self._dismiss(accepted & (step.end.half_log_snr >= self._end.half_log_snr))
+        arrived = accepted & (step.end.half_log_snr >= self._end.half_log_snr)
+        if bool(failed.any()):
+            arrived = arrived[self._mark(failed)]
+        self._dismiss(arrived)
 
     def solution(self) -> Solution:
         share = max(1, len(self._nfe))
@@ -202,6 +220,8 @@ class _Walk:
         solution = Solution(
             self._result, nfe, passes, self._run.times, nfe_per_sample=self._nfe.cpu()
         )
+        if self._plan.unfinished == "nan":
+            solution.reached = self._reached.cpu()
         solution.stats.update(accepted=accepted, rejected=rejected)
         return solution
 
@@ -209,7 +229,8 @@ class _Walk:
         """The step that every active sample tries next."""
         sde, start, last = self._run.sde, self.active.level, self._end
         remaining = last.half_log_snr - start.half_log_snr
-        arrives = self.active.span * _STRETCH >= remaining
+        stretch = torch.where(self.active.rejected, _STRETCH_AGAIN, _STRETCH)
+        arrives = self.active.span * stretch >= remaining
         place = torch.where(arrives, last.half_log_snr, start.half_log_snr + self.active.span)
         reached = sde.at(sde.time(place))._replace(half_log_snr=place)
         end = NoiseLevel(*(torch.where(arrives, a, b) for a, b in zip(last, reached, strict=True)))
@@ -253,14 +274,24 @@ class _Walk:
         if not bool(arrived.any()):
             return
         self._result[self.active.indices[arrived]] = self.active.x[arrived]
-        (kept,) = torch.nonzero(~arrived, as_tuple=True)
+        self._keep(~arrived)
+
+    def _mark(self, failed: Tensor) -> Tensor:
+        """Give samples up; which of the active ones remain."""
+        indices = self.active.indices[failed]
+        self._result[indices] = math.nan
+        self._reached[indices] = False
+        self._keep(~failed)
+        return ~failed
+
+    def _keep(self, kept: Tensor) -> None:
+        (kept,) = torch.nonzero(kept, as_tuple=True)
         self.active = self.active.select(kept)
         if len(kept):
             self._score_fn = self._score_fn.select(kept)
             self._noise = self._noise.select(kept)
 
-    def _refuse_non_finite(self, step: Step) -> None:
-        failed = self.active.non_finite >= _NON_FINITE_LIMIT
+    def _refuse_non_finite(self, step: Step, failed: Tensor) -> None:
         if bool(failed.any()):
             active, solver = self.active, self._run.solver
             # Less what was evaluated before: a slope that is not finite would pass for the state's.

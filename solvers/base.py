@@ -39,7 +39,7 @@ The rules:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -165,7 +165,14 @@ class Corrector(ABC):
 
 
 class Integrator(ABC):
-    """A method that owns its loop: an adapter to another library."""
+    """A method that owns its loop: an adapter to another library.
+
+    Attributes:
+        differentiable: the values of ``sample``'s ``gradients`` that it can serve; ``True``: its
+            ``solve`` may be recorded; ``"adjoint"``: it has ``solve_with_adjoint``.
+    """
+
+    differentiable: ClassVar[tuple[bool | str, ...]] = ()
 
     @property
     @abstractmethod
@@ -192,6 +199,12 @@ class Integrator(ABC):
         self, score_fn: ScoreFn, sde: SDE, x: Tensor, times: Tensor, noise: Noise
     ) -> Solution:
         """Carry ``x`` from ``times[0]`` to ``times[-1]``; ``score_fn`` counts its own calls."""
+
+    def solve_with_adjoint(
+        self, score_fn: ScoreFn, sde: SDE, x: Tensor, times: Tensor, noise: Noise
+    ) -> Solution:
+        """``solve``, its gradient by integrating the adjoint equation back."""
+        raise NotImplementedError(f"{type(self).__name__} integrates no adjoint equation")
 
 
 def make_steps(sde: SDE, solver: Solver, times: Tensor, x: Tensor) -> list[Step]:

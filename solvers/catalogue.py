@@ -68,6 +68,11 @@ def peers() -> dict[str, Entry]:
     return {name_of(kind): _entry(kind) for kind in kinds}
 
 
+def is_peer(solver: Solver | Corrector | Integrator) -> bool:
+    """Whether it is a scheduler of diffusers."""
+    return name_of(type(solver)).startswith(diffusers_.PREFIX)
+
+
 def named(name: str) -> SolverType:
     """The class called ``name`` in snake case, or ``diffusers:<ClassName>``.
 

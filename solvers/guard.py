@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from sde_diffusion.errors import NonFiniteError
@@ -31,9 +33,9 @@ class FiniteGuard:
         self._good: tuple[Tensor, State] = (x, state)
         self._since: list[Step] = []
 
-    def watch(self, step: Step, x: Tensor, state: State) -> None:
-        """Note a step taken; look if it is time."""
-        self._since.append(step)
+    def watch(self, steps: Sequence[Step], x: Tensor, state: State) -> None:
+        """Note steps taken; look if it is time."""
+        self._since += steps
         if len(self._since) >= _EVERY:
             self.finish(x)
             self._good = (x, state)

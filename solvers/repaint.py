@@ -73,7 +73,7 @@ class RePaint(Plan):
                         stepped = solver.step(run.score_fn, x, now, state, run.noise)
                         x, state = stepped.x, stepped.state
                         taken += 1
-                        guard.watch(now, x, state)
+                        guard.watch((now,), x, state)
                         if report is not None:
                             report(taken, total)
                     guard.finish(x)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sde_diffusion.errors import NonFiniteError, require_count
+from sde_diffusion.errors import NonFiniteError, require_count, unknown_name
 from sde_diffusion.prediction import ScoreFn
 from sde_diffusion.sde import SDE
 from solvers import grids
@@ -19,6 +20,8 @@ from solvers.noise import Noise
 from solvers.plans import FixedGrid, Plan, Run
 from solvers.progress import Report
 from solvers.solution import Solution
+
+_GRADIENTS = (False, True, "checkpoint", "adjoint")
 
 
 def sample(
@@ -40,7 +43,7 @@ def sample(
     device: torch.device | str | None = None,
     compile: bool = False,
     progress: bool | Report = False,
-    gradients: bool = False,
+    gradients: bool | Literal["checkpoint", "adjoint"] = False,
 ) -> Solution:
     """Draw samples: carry noise from ``t_max`` to ``t_min`` with a solver.
 
@@ -57,7 +60,8 @@ def sample(
         seed: of all randomness in the run, a whole number from 0.
         sample_ids: ``(B,)`` whole numbers; a sample is a function of ``seed`` and its id, whatever
             batch it is drawn in. ``0..B-1`` by default.
-        plan: the strategy over the grid; every step once by default; ``Adaptive(rtol, atol)``.
+        plan: the strategy over the grid; every step once by default; ``Adaptive(rtol, atol)``,
+            ``Restart(intervals)``.
         noise: another source of noise than ``CounterNoise(seed, sample_ids)``.
         denoise: finish with the estimate of x_0 at the last time (Tweedie; one more evaluation).
         trajectory: keep every state, or every ``trajectory``-th.
@@ -66,8 +70,12 @@ def sample(
         compile: run the solver's step through ``torch.compile``.
         progress: show a bar, or call ``progress(done, total)`` after each step.
         gradients: record the run for autograd, so that a loss on ``Solution.x`` can be
-            differentiated with respect to ``x``, a guidance scale and network parameters; the whole
-            graph stays in memory. On a fixed grid with a native solver.
+            differentiated with respect to ``x``, a guidance scale and network parameters.
+            ``True``: the whole graph stays in memory. ``"checkpoint"``: the same gradient with the
+            memory of about ``2 sqrt(steps)`` steps, for every step taken once more (which
+            ``Solution.nfe`` does not count); native solvers on a fixed grid or with ``Restart``.
+            ``"adjoint"``: the adjoint equation, memory of one evaluation; ``TorchdiffeqODE``,
+            ``TorchsdeSDE``.
     Returns:
         The ``Solution``: samples, evaluations counted, times and trajectory.
     Raises:
@@ -82,13 +90,20 @@ def sample(
         _require_instance("plan", plan, "a Plan", Plan)
     if noise is not None:
         _require_instance("noise", noise, "a Noise", Noise)
+    if gradients not in _GRADIENTS:
+        raise unknown_name("value of gradients", gradients, map(str, _GRADIENTS))
     if isinstance(solver, Integrator):
-        _refuse_for_integrators(plan, compile, trajectory, gradients)
+        _refuse_for_integrators(solver, plan, compile, trajectory, gradients)
         chooses_steps = solver.adaptive
         plan = FixedGrid()
     else:
         plan = FixedGrid() if plan is None else plan
-        plan.check(solver, trajectory is not False, compile, gradients)
+        if gradients == "adjoint":
+            raise ValueError(
+                f"gradients='adjoint' integrates an adjoint equation, and {solver!r} has steps to "
+                "record: use True, 'checkpoint', or TorchdiffeqODE or TorchsdeSDE"
+            )
+        plan.check(solver, trajectory is not False, compile, gradients is not False)
         chooses_steps = plan.chooses_steps
     if chooses_steps and steps is None and grid is None:
         grid = [float(sde.t_max), float(sde.t_min)]
@@ -101,11 +116,13 @@ def sample(
         x = noise.prior(x) * sde.prior_std().to(device=x.device, dtype=x.dtype)
     counted = CountedScoreFn(score_fn)
     started = time.perf_counter()
-    with torch.set_grad_enabled(gradients):
+    with torch.set_grad_enabled(gradients is not False):
         if isinstance(solver, Integrator):
-            solution = solver.solve(counted, sde, x, times, noise)
+            solve = solver.solve_with_adjoint if gradients == "adjoint" else solver.solve
+            solution = solve(counted, sde, x, times, noise)
         else:
-            run = Run(counted, sde, solver, x, times, noise, stride, compile, progress)
+            checkpoint = gradients == "checkpoint"
+            run = Run(counted, sde, solver, x, times, noise, stride, compile, progress, checkpoint)
             solution = plan.run(run)
         if denoise:
             solution = _denoised(solution, counted, sde)
@@ -188,19 +205,28 @@ def _stride(trajectory: bool | int) -> int | None:
 
 
 def _refuse_for_integrators(
-    plan: Plan | None, compile: bool, trajectory: bool | int, gradients: bool
+    solver: Integrator,
+    plan: Plan | None,
+    compile: bool,
+    trajectory: bool | int,
+    gradients: bool | str,
 ) -> None:
     given = [
         ("plan", plan is not None),
         ("compile", compile),
         ("trajectory", trajectory is not False),
-        ("gradients", gradients),
     ]
     for name, is_given in given:
         if is_given:
             raise ValueError(
                 f"{name} does not apply to an adapter, which owns its loop: leave it out"
             )
+    if gradients is not False and gradients not in solver.differentiable:
+        can = " or ".join(map(repr, solver.differentiable))
+        raise ValueError(
+            f"gradients={gradients!r} does not apply to {type(solver).__name__}, which owns its "
+            + (f"loop: use {can}" if can else "loop: use a native solver, or TorchdiffeqODE")
+        )
 
 
 def _describe(value: object) -> str:

@@ -23,6 +23,8 @@ class Solution:
             ``None`` unless asked for.
         trajectory_times: ``(n,)``.
         nfe_per_sample: ``(B,)`` where samples differ, else ``None``.
+        reached: ``(B,)`` bool: whether each sample arrived, of a plan that marks those that did
+            not; else ``None``.
         stats: ``seconds`` (wall time of the loop), ``accepted`` and ``rejected`` steps.
     """
 
@@ -33,4 +35,5 @@ class Solution:
     trajectory: Tensor | None = None
     trajectory_times: Tensor | None = None
     nfe_per_sample: Tensor | None = None
+    reached: Tensor | None = None
     stats: dict[str, Any] = field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,15 @@ import torch
 from typer.testing import CliRunner
 
 from experiments.certify import orders
+from experiments.certify.accuracy import flow_order
 from experiments.certify.bench import Bench
 from experiments.certify.candidates import Candidate, catalogue_candidates, named_candidate
-from experiments.certify.checks import QUICK, Certificate, converge
+from experiments.certify.certificate import QUICK, Certificate
+from experiments.certify.convergence import converge
 from experiments.cli import app
 from solvers import (
     DEIS,
+    DormandPrince,
     DPMSolverPP,
     EulerMaruyama,
     Langevin,
@@ -29,6 +32,7 @@ from solvers import (
     Stepped,
     catalogue,
 )
+from solvers.methods.embedded_pairs import DORMAND_PRINCE
 from tests.problems import uniform_grid
 
 CANDIDATES = {candidate.name: candidate for candidate in catalogue_candidates()}
@@ -176,6 +180,31 @@ def test_the_wrong_second_difference_shows_as_order_two() -> None:
     check = certificate_of(WithoutTheFactorTwo()).get("uneven")
     assert check is not None
     assert 1.7 < float(check.measured) < 2.3
+
+
+@dataclass(frozen=True)
+class SlippedRow(DormandPrince):
+    """Dormand & Prince's pair with one part in ten thousand moved within an inner row."""
+
+    pair = DORMAND_PRINCE._replace(
+        rows=(
+            *DORMAND_PRINCE.rows[:2],
+            (44 / 45, -56 / 15 * 1.0001, 32 / 9 + 56 / 15 * 0.0001),
+            *DORMAND_PRINCE.rows[3:],
+        )
+    )
+
+
+def test_order_five_is_told_from_a_slip_in_the_fifth_digit() -> None:
+    """On the closed-form problem of the high orders, where the true pair measures 5."""
+    sizes = replace(QUICK, flows=(("gaussian", "ve"),), most=480)
+    measured = {
+        type(solver): [c for c in flow_order(solver, BENCH, sizes) if c.key != "limit"]
+        for solver in (DormandPrince(), SlippedRow())
+    }
+    for check in measured[DormandPrince]:
+        assert float(check.measured) == pytest.approx(5, abs=0.1)
+    assert all(check.passed is False for check in measured[SlippedRow])
 
 
 # --- the fit -------------------------------------------------------------------------------------

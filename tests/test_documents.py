@@ -71,3 +71,12 @@ def test_contributing_solver_has_the_order_it_declares() -> None:
     # Differences of a method of order p with one on a grid four times finer fall like n^-p.
     assert 1.75 < torch.tensor(errors).log2().diff().neg().mean() < 2.25
     assert solver.order == 2
+
+
+def test_ito_document(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = python_blocks("docs/ito.md")
+    names = run(block)
+    # Gamma laws of mean 0.16 and 2.0 in equal parts; 1,000 samples, five standard errors of 0.05.
+    for name, mean in (("reverse", 1.08), ("flow", 1.08), ("one", 2.0)):
+        assert abs(float(names[name].x.mean()) - mean) < 0.25
+    assert capsys.readouterr().out.endswith(" 200\n")

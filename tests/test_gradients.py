@@ -115,7 +115,7 @@ def test_the_samples_are_those_of_a_run_without_gradients() -> None:
 
 def test_what_has_no_gradients_says_so() -> None:
     score_fn = RING.score_fn(SDE)
-    with pytest.raises(ValueError, match="gradients does not apply to an adapter"):
+    with pytest.raises(ValueError, match="gradients=True does not apply to ParallelPicard"):
         sample(score_fn, SDE, ParallelPicard(), shape=(2, 2), steps=3, gradients=True)
     with pytest.raises(ValueError, match="gradients does not apply to plan=Adaptive"):
         sample(score_fn, SDE, BogackiShampine(), shape=(2, 2), plan=Adaptive(), gradients=True)

@@ -16,6 +16,8 @@ from typing import Any, Literal
 from experiments.spec import Component, construct, parse_solver, read_settings, spec_of
 from sde_diffusion.errors import unknown_name
 from solvers import Corrector, Integrator, Solver, catalogue
+from solvers.adapters.diffusers_ import PREFIX, SCHEDULERS
+from solvers.catalogue import peers as catalogued_peers
 
 # Settings given by name that choose the method, and with it the order; what can be found out
 # (whole orders, choices, eta) is not listed.
@@ -28,6 +30,7 @@ _METHODS: dict[str, dict[str, tuple[Any, ...]]] = {
     "scipy_ode": {"method": ("RK45", "RK23", "DOP853", "LSODA")},
 }
 _HIGHEST_ORDER = 8
+_PEERS_HIGHEST_ORDER = 3
 
 
 @dataclass(frozen=True)
@@ -38,22 +41,30 @@ class Candidate:
     solver: Solver | Integrator
 
 
-def make_candidates(texts: Sequence[str], *, quick: bool = False) -> list[Candidate]:
-    """What ``--solver`` names, or, for none, the whole catalogue (``quick``: default settings).
+def make_candidates(
+    texts: Sequence[str], *, quick: bool = False, peers: bool = False
+) -> list[Candidate]:
+    """What ``--solver`` names, or, for none, the whole catalogue (``quick``: default settings);
+    with ``peers`` also diffusers' schedulers.
 
     Raises:
         ValueError: a name that does not exist, a module that does not import, settings that do not
-            fit.
+            fit; peers where diffusers is not installed.
     """
     if texts:
         found = [named_candidate(text) for text in texts]
     else:
         found = catalogue_candidates(quick=quick)
+    if peers:
+        found += peer_candidates(quick=quick)
     return list({candidate.name: candidate for candidate in found}.values())
 
 
 def named_candidate(text: str, argument: str = "--solver") -> Candidate:
     """``NAME[:settings]`` of the catalogue, or ``package.module:Class[:settings]``."""
+    if text.strip().startswith(PREFIX):
+        solver = parse_solver(text, argument)
+        return Candidate(spec_of(solver), solver)
     module, _, rest = text.strip().partition(":")
     kind, _, settings = rest.partition(":")
     if "(" in module or not kind.strip().isidentifier():
@@ -85,6 +96,29 @@ def catalogue_candidates(*, quick: bool = False) -> list[Candidate]:
                 made.append(solver)
         candidates += [Candidate(spec_of(solver), solver) for solver in made]
     return candidates
+
+
+def peer_candidates(*, quick: bool = False) -> list[Candidate]:
+    """Every scheduler of diffusers that there is an adapter to: in default settings, and, unless
+    ``quick``, in every order, on the times of Karras et al. where it has them: its default times
+    are even in t, which leaves a last step in log-SNR that hardly shrinks."""
+    entries = catalogued_peers()
+    if not entries:
+        raise ValueError(
+            "--peers needs diffusers: install the extra 'peers', pip install 'sde-diffusion[peers]'"
+        )
+    candidates = []
+    for name, entry in entries.items():
+        order = SCHEDULERS[name.removeprefix(PREFIX)].order
+        times = {"use_karras_sigmas": True} if "use_karras_sigmas" in entry.settings else {}
+        variants: list[dict[str, Any]] = [times]
+        if isinstance(order, str):
+            variants = [{**times, order: k} for k in range(1, _PEERS_HIGHEST_ORDER + 1)]
+        for settings in [{}, *([] if quick else variants)]:
+            solver: Any = _made(entry.type, settings)
+            if solver is not None:
+                candidates.append(Candidate(spec_of(solver), solver))
+    return list({candidate.name: candidate for candidate in candidates}.values())
 
 
 def _variants(name: str, kind: Any) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sde_diffusion import SDE, GaussianMixture, NoiseLevel, Prediction
 from sde_diffusion.prediction import ScoreFn
-from solvers import RecordedNoise, sample
+from solvers import Plan, RecordedNoise, sample
 from solvers.base import Integrator, Solver
 
 
@@ -192,6 +192,8 @@ def affine_run(
     times: Tensor | Sequence[float],
     dimension: int,
     slots: Sequence[int] = (0,),
+    plan: Plan | None = None,
+    tolerance: float = 1e-8,
 ) -> AffineRun:
     """Read off what a linear sampler does over a whole run, in one run of ``sample``.
 
@@ -202,6 +204,8 @@ def affine_run(
 
     Args:
         slots: noise slots that the solver draws from (a corrector's are 1, 2, ...).
+        plan: as for ``sample``.
+        tolerance: by which those two samples may miss, absolute and relative.
     Raises:
         NotAffineError: the last two samples say so.
     """
@@ -218,7 +222,8 @@ def affine_run(
         first = 1 + dimension + k * dimension
         draws[place][first : first + dimension] = torch.eye(dimension, dtype=torch.float64)
         draws[place][rows:] = torch.randn(2, dimension, generator=generator, dtype=torch.float64)
-    end = sample(score_fn, sde, solver, x=x.clone(), grid=times, noise=RecordedNoise(draws)).x
+    noise = RecordedNoise(draws)
+    end = sample(score_fn, sde, solver, x=x.clone(), grid=times, noise=noise, plan=plan).x
     offset = end[0]
     matrix = (end[1 : 1 + dimension] - offset).T
     gains = {
@@ -228,7 +233,7 @@ def affine_run(
     expected = x[rows:] @ matrix.T + offset
     for place, gain in gains.items():
         expected = expected + draws[place][rows:] @ gain.T
-    if not torch.allclose(end[rows:], expected, rtol=1e-8, atol=1e-8):
+    if not torch.allclose(end[rows:], expected, rtol=tolerance, atol=tolerance):
         raise NotAffineError(f"{solver!r} is not affine: {end[rows:]} is not {expected}")
     return AffineRun(matrix, offset, gains)
 

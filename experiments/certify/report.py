@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.canvas import GREY, Look, in_order, picture
-from experiments.certify.checks import TOLERANCE, Certificate, Check, Curve
+from experiments.certify.certificate import TOLERANCE, Certificate, Check, Curve
 
 _COLUMNS = (
     ("uniform", "even"),
@@ -57,7 +57,8 @@ def summary(certificates: Sequence[Certificate]) -> Table:
         "even, uneven: slope on uniform and non-uniform grids, the worst problem's; start: on runs "
         "from the middle; weak order of mean and variance where it says weak. strong: 1 is asked. "
         "limit: error on the finest grid (adaptive: at the tightest tolerance; order 0: growth of "
-        f"the bias at twice the steps). NFE: evaluations per step. Slopes may miss by {TOLERANCE}.",
+        f"the bias at twice the steps). NFE: evaluations per step. Slopes may miss by {TOLERANCE}."
+        + (" diffusers: uneven is their own times." if any(c.peer for c in certificates) else ""),
         style=_FAINT,
     )
     table.caption_justify = "left"

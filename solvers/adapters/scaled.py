@@ -17,6 +17,7 @@ from torch import Tensor
 from sde_diffusion.errors import NonFiniteError, require_count, require_finite, unknown_name
 from sde_diffusion.prediction import ScoreFn, select
 from sde_diffusion.sde import SDE, HostedLevel, NoiseLevel
+from solvers.adapters.adjoint import Watched
 from solvers.base import Integrator, unbound
 from solvers.counting import CountedScoreFn
 from solvers.noise import Noise
@@ -54,28 +55,36 @@ class Flow:
         grid: ``half_log_snr`` at all times, float64 on the CPU.
         span: its first and last entry.
         nfe: evaluations so far.
+        parameters: tensors, beside the state, that an adjoint equation is to give gradients of;
+            ``None``: none is integrated.
     """
 
     def __init__(
-        self, score_fn: ScoreFn, sde: SDE, times: Tensor, like: Tensor, max_nfe: int
+        self,
+        score_fn: ScoreFn,
+        sde: SDE,
+        times: Tensor,
+        like: Tensor,
+        max_nfe: int,
+        parameters: tuple[Tensor, ...] | None = None,
     ) -> None:
+        self.parameters = parameters
         self.times = times
         self.start, self.end = unbound(sde.at(times[[0, -1]]), like.device)
         self.grid = sde.at(times).half_log_snr
         self.span = self.grid[0].item(), self.grid[-1].item()
-        self.nfe = 0
-        self._score_fn = score_fn
         self._sde = sde
         self._device = like.device
         self._tolerance = 8 * torch.finfo(self.start.t.dtype).eps
         self._max_nfe = max_nfe
-        self._expected: Iterator[tuple[float, HostedLevel]] = iter(())
+        self.restart(score_fn)
 
     def restart(self, score_fn: ScoreFn) -> None:
         """Turn to another part of the batch, counting anew."""
-        self._score_fn = score_fn
+        known = self.parameters
+        self._score_fn = score_fn if known is None else Watched(score_fn, known)
         self.nfe = 0
-        self._expected = iter(())
+        self._expected: Iterator[tuple[float, HostedLevel]] = iter(())
 
     def expect(self, half_log_snrs: Sequence[float] | Tensor) -> None:
         """Say where the next evaluations will be, in order: their levels are computed together.
@@ -149,32 +158,47 @@ class FlowIntegrator(Integrator):
     def solve(
         self, score_fn: ScoreFn, sde: SDE, x: Tensor, times: Tensor, noise: Noise
     ) -> Solution:
+        return self.carried(counting(score_fn), sde, x, times)
+
+    def carried(
+        self,
+        score_fn: CountedScoreFn,
+        sde: SDE,
+        x: Tensor,
+        times: Tensor,
+        parameters: tuple[Tensor, ...] | None = None,
+    ) -> Solution:
+        """``solve``; with the adjoint equation's gradients of ``parameters`` where given."""
         if self.norm == "batch" or not self.adaptive:
-            counted = counting(score_fn)
-            nfe_before, passes_before = counted.nfe, counted.network_passes
-            result, counts = self.integrate(Flow(counted, sde, times, x, self.max_nfe), x)
+            nfe_before, passes_before = score_fn.nfe, score_fn.network_passes
+            flow = Flow(score_fn, sde, times, x, self.max_nfe, parameters)
+            result, counts = self.integrate(flow, x)
             return Solution(
                 result,
-                counted.nfe - nfe_before,
-                counted.network_passes - passes_before,
+                score_fn.nfe - nfe_before,
+                score_fn.network_passes - passes_before,
                 times,
                 stats=dict(counts),
             )
-        flow = Flow(score_fn, sde, times, x, self.max_nfe)
-        results = torch.empty_like(x)
+        flow = Flow(score_fn, sde, times, x, self.max_nfe, parameters)
+        results = []
         nfe = torch.zeros(len(x), dtype=torch.long)
         passes = torch.zeros(len(x), dtype=torch.long)
         totals: dict[str, int] = {}
         for i in range(len(x)):
             counted = counting(select(score_fn, torch.tensor([i])))
-            flow.restart(counted)
-            results[i : i + 1], counts = self.integrate(flow, x[i : i + 1])
+            if parameters is None:
+                flow.restart(counted)
+            else:  # which goes on with its flow when the gradient comes
+                flow = Flow(counted, sde, times, x, self.max_nfe, parameters)
+            result, counts = self.integrate(flow, x[i : i + 1])
+            results.append(result)
             nfe[i], passes[i] = counted.nfe, counted.network_passes
             for name, count in counts.items():
                 totals[name] = totals.get(name, 0) + count
         share = max(1, len(x))
         return Solution(
-            results,
+            torch.cat([x[:0], *results]),
             nfe.sum().item() / share,
             passes.sum().item() / share,
             times,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 from sde_diffusion.errors import unknown_name
 from sde_diffusion.prediction import ScoreFn
 from sde_diffusion.sde import SDE
+from solvers.adapters.adjoint import Watched, probe
 from solvers.adapters.scaled import counting, evaluated_eps
 from solvers.base import Integrator, Step, unbound
+from solvers.counting import CountedScoreFn
 from solvers.noise import Noise
 from solvers.solution import Solution
 
@@ -43,6 +46,11 @@ class TorchsdeSDE(Integrator):
     above the 1.5 that theory grants a curved drift. Where paths change mode (``ring``) both have
     about 0.5.
 
+    ``sample``'s ``gradients=True`` records every evaluation; ``"adjoint"`` records none and
+    integrates the adjoint equation back on the same path (Li et al. 2020, arXiv:2001.01328, sec. 3;
+    torchsde's sdeint_adjoint), by Euler's method from grid entry to grid entry, where the states
+    are kept: one evaluation a step, and a gradient of order 1.
+
     Args:
         method: srk, euler or milstein.
     """
@@ -50,6 +58,7 @@ class TorchsdeSDE(Integrator):
     method: str = "srk"
     stochastic = True
     adaptive = False
+    differentiable = (True, "adjoint")
 
     def __post_init__(self) -> None:
         if self.method not in _ORDERS:
@@ -64,29 +73,64 @@ class TorchsdeSDE(Integrator):
     ) -> Solution:
         from torchsde import sdeint
 
+        def carried(reverse: _ReverseSDE, y: Tensor) -> Tensor:
+            span = torch.tensor([0.0, len(reverse.steps)], dtype=torch.float64)
+            increments = _Increments(reverse, noise)
+            states: Tensor = sdeint(reverse, y, span, bm=increments, method=self.method, dt=1.0)
+            return states[-1]
+
+        return _solved(counting(score_fn), sde, x, times, carried)
+
+    def solve_with_adjoint(
+        self, score_fn: ScoreFn, sde: SDE, x: Tensor, times: Tensor, noise: Noise
+    ) -> Solution:
+        from torchsde import sdeint_adjoint
+
         counted = counting(score_fn)
-        nfe_before, passes_before = counted.nfe, counted.network_passes
-        reverse = _ReverseSDE(counted, sde, x, times)
-        steps = len(times) - 1
-        y = (x / reverse.start.alpha.to(x.dtype)).reshape(-1, 1)
-        # sdeint tries out the shapes with torch.randn, which is none of the caller's business.
-        devices = [x.device] if x.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            states = sdeint(
-                reverse,
-                y,
-                torch.tensor([0.0, steps], dtype=torch.float64),
-                bm=_Increments(reverse, noise),
-                method=self.method,
-                dt=1.0,
-            )
-        return Solution(
-            (reverse.end.alpha.to(x.dtype) * states[-1]).view(x.shape),
-            counted.nfe - nfe_before,
-            counted.network_passes - passes_before,
-            times,
-            stats={"accepted": steps, "rejected": 0},
-        )
+        probed = probe(counted, sde, x, times)
+
+        def carried(reverse: _ReverseSDE, y: Tensor) -> Tensor:
+            span = torch.tensor([0.0, 1.0], dtype=torch.float64)
+            for k in range(len(reverse.steps)):
+                y = sdeint_adjoint(
+                    _OneStep(reverse, k),
+                    y,
+                    span,
+                    bm=_Increments(reverse, noise, first=k),
+                    method=self.method,
+                    adjoint_method="euler",
+                    dt=1.0,
+                    adjoint_params=probed.parameters,
+                )[-1]
+            return y
+
+        watched = Watched(counted, probed.parameters)
+        return probed.added_to(_solved(counted, sde, x, times, carried, watched))
+
+
+def _solved(
+    counted: CountedScoreFn,
+    sde: SDE,
+    x: Tensor,
+    times: Tensor,
+    carried: Callable[[_ReverseSDE, Tensor], Tensor],
+    score_fn: ScoreFn | None = None,
+) -> Solution:
+    """The solution of ``y`` as ``carried`` carries it from the first level to the last."""
+    nfe_before, passes_before = counted.nfe, counted.network_passes
+    reverse = _ReverseSDE(score_fn or counted, sde, x, times)
+    y = (x / reverse.start.alpha.to(x.dtype)).reshape(-1, 1)
+    # sdeint tries out the shapes with torch.randn, which is none of the caller's business.
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        y = carried(reverse, y)
+    return Solution(
+        (reverse.end.alpha.to(x.dtype) * y).view(x.shape),
+        counted.nfe - nfe_before,
+        counted.network_passes - passes_before,
+        times,
+        stats={"accepted": len(reverse.steps), "rejected": 0},
+    )
 
 
 class _ReverseSDE:
@@ -120,11 +164,46 @@ class _ReverseSDE:
             return self._known[1]
         k = int(u)
         at_start = float(u) == k
-        level = self._grid[k] if at_start else self._inside[k]
-        eps = evaluated_eps(self._score_fn, (level.alpha * y).view(self.x.shape), level, k)
-        drift = eps.reshape(-1, 1) * (-self.spans[k] / level.host_ratio)
+        drift = self.drift(k, 0.0 if at_start else _SRK_NODE, y)
         if at_start:
             self._known = (y, drift)
+        return drift
+
+    def drift(self, k: int, place: float, y: Tensor) -> Tensor:
+        """In step k, at its start (0), SRK's node, or its end (1)."""
+        level = self._inside[k] if 0 < place < 1 else self._grid[k + int(place)]
+        eps = evaluated_eps(self._score_fn, (level.alpha * y).view(self.x.shape), level, k)
+        span = self.spans[k]
+        if place == 1:
+            # Where Euler's method starts back, in the clock 1/tau: in which its step is exact for
+            # pure noise. In tau it would take the steep end of a long step for the whole of it.
+            span *= (level.host_ratio / self._grid[k].host_ratio) ** 2
+        return eps.reshape(-1, 1) * (-span / level.host_ratio)
+
+    def g_prod(self, u: Tensor, y: Tensor, increment: Tensor) -> Tensor:
+        return increment
+
+
+class _OneStep:
+    """Step k of a reverse SDE, from ``u`` = 0 to 1. Within a step the drift has no jump, so that
+    the adjoint equation may be integrated from its end."""
+
+    noise_type = "additive"
+    sde_type = "ito"
+
+    def __init__(self, reverse: _ReverseSDE, k: int) -> None:
+        self._reverse = reverse
+        self._k = k
+        self._known: tuple[Tensor, Tensor] | None = None
+
+    def f(self, u: Tensor, y: Tensor) -> Tensor:
+        # What sdeint_adjoint tries out before it starts, it asks for again, of a detached y.
+        known, place = self._known, float(u)
+        if known is not None and place == 0 and known[0].data_ptr() == y.data_ptr():
+            return known[1]
+        drift = self._reverse.drift(self._k, place, y)
+        if place == 0:
+            self._known = (y.detach(), drift.detach())
         return drift
 
     def g_prod(self, u: Tensor, y: Tensor, increment: Tensor) -> Tensor:
@@ -143,15 +222,16 @@ class _Increments:
 
     levy_area_approximation = "space-time"
 
-    def __init__(self, reverse: _ReverseSDE, noise: Noise) -> None:
+    def __init__(self, reverse: _ReverseSDE, noise: Noise, first: int = 0) -> None:
         self.shape = (reverse.x.numel(), 1)
+        self._first = first  # the step that starts at u = 0
         self._reverse = reverse
         self._noise = noise
 
     def __call__(
-        self, start: Tensor, end: Tensor, return_U: bool = False
+        self, start: Tensor, end: Tensor, return_U: bool = False, return_A: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        k = int(start)
+        k = self._first + int(start)
         increment = self._draw(k, 0, self._reverse.spans[k])
         if not return_U:
             return increment

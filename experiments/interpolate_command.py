@@ -1,0 +1,80 @@
+"""``sde-diffusion interpolate``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from experiments.failures import guarded
+
+
+@guarded
+def interpolate(
+    target: Annotated[
+        str | None, typer.Option(help="An exact target in the plane, or digits (the default).")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder of a trained image model, or a shipped one's name.")
+    ] = None,
+    sde: Annotated[str | None, typer.Option(help="Default: vp, or the model's own.")] = None,
+    pairs: Annotated[int, typer.Option(help="How many paths, or samples whose class changes.")] = 6,
+    points: Annotated[int, typer.Option(help="On each path, both ends included.")] = 9,
+    label: Annotated[
+        str | None, typer.Option(help="Stay within a class; default: no label.")
+    ] = None,
+    classes: Annotated[
+        bool, typer.Option("--classes", help="Each sample's latent, decoded in every class.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(help="Of the latents on the paths.")] = 1.0,
+    solver: Annotated[str, typer.Option(help="An ODE solver: NAME or NAME:key=value.")] = (
+        "tsitouras"
+    ),
+    steps: Annotated[
+        int | None, typer.Option(help="Fixed steps, even in log-SNR. Default: chosen by error.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Of chosen steps. Default: 1e-6, networks 1e-4.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Chooses the samples.")] = 0,
+    out: Annotated[
+        str | None, typer.Option(help="Folder to write. Default: runs/interpolate-…")
+    ] = None,
+) -> None:
+    """Paths between samples through latent space: encoded, interpolated on the sphere, decoded.
+
+    Writes interpolation.png, interpolation.npy in the data's own range, and interpolation.json.
+
+    [bold]Examples[/bold]
+
+      sde-diffusion interpolate
+
+      sde-diffusion interpolate --classes --sde ve
+
+      sde-diffusion interpolate --target moons --pairs 4
+    """
+    from experiments.interpolation import (
+        ARRAY,
+        MANIFEST,
+        PICTURE,
+        InterpolateOptions,
+        make_plan,
+        run,
+    )  # fmt: skip
+    from experiments.progress import ProgressBar
+    from experiments.tables import make_console
+
+    plan = make_plan(
+        InterpolateOptions(
+            target, model, sde, pairs, points, label, classes, temperature, solver, steps,
+            tolerance, seed, out,
+        )
+    )  # fmt: skip
+    with ProgressBar() as bar:
+        made = run(plan, bar)
+    console = make_console()
+    console.print(
+        f"round trip of {len(plan.a)} samples of {plan.subject.name}: RMS {made.rms:.2e} at most, "
+        f"{made.nfe:.4g} evaluations"
+    )
+    console.print(f"wrote {made.folder}/ {PICTURE}, {ARRAY}, {MANIFEST}")
