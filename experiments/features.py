@@ -14,6 +14,7 @@ from experiments.metrics import frechet_from_moments, label_accuracy
 from sde_diffusion.checkpoints import FeatureStatistics, LoadedModel
 from sde_diffusion.data import Dataset
 from sde_diffusion.networks import JudgeNet
+from sde_diffusion.samples import StoredSamples
 
 Which = int | Literal["all"] | None
 
@@ -112,15 +113,22 @@ class FeatureSpace:
         if label is None:
             return _pair(FeatureStatistics.of(self._judge, data.train_x))
         if label != ALL:
-            return _pair(FeatureStatistics.of(self._judge, data.train_x[data.train_y == label]))
+            return _pair(FeatureStatistics.of(self._judge, _of_class(data, label)))
         parts = [
-            FeatureStatistics.of(self._judge, data.train_x[data.train_y == c])
+            FeatureStatistics.of(self._judge, _of_class(data, c))
             for c in range(data.num_classes or 0)
         ]
         means = torch.stack([part.mean for part in parts])
         mean = means.mean(0)
         within = torch.stack([part.covariance for part in parts]).mean(0)
         return mean, within + (means - mean).T @ (means - mean) / len(parts)
+
+
+def _of_class(data: Dataset, label: int | str) -> StoredSamples | Tensor:
+    """The training samples of one class, not read yet where they are stored."""
+    rows = torch.arange(len(data.train_x))[data.train_y == label]
+    x = data.train_x
+    return x.at(rows) if isinstance(x, StoredSamples) else x[rows]
 
 
 def _pair(moments: FeatureStatistics) -> tuple[Tensor, Tensor]:

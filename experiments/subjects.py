@@ -285,7 +285,7 @@ def _real_data(model: LoadedModel, source: str | None) -> Dataset | None:
     """Real data in the model's own scaling: what --data names, else what it was trained on."""
     if source is None:
         try:
-            data = load_data(model.data.name)
+            data = load_data(model.data.name, **model.data.options)
         except ValueError:  # moved since; the moments in the folder remain
             return None
         return data if data.describe().scaling == model.data.scaling else None
@@ -304,19 +304,7 @@ def _real_data(model: LoadedModel, source: str | None) -> Dataset | None:
             f"{str(model.path)!r} {model.num_classes}; give data with the model's classes"
         )
 
-    def rescaled(x: Tensor) -> Tensor:
-        return model.data.scaling.to_model(data.scaling.to_raw(x))
-
-    return Dataset(
-        name=data.name,
-        train_x=rescaled(data.train_x),
-        train_y=data.train_y,
-        test_x=rescaled(data.test_x),
-        test_y=data.test_y,
-        num_classes=data.num_classes,
-        scaling=model.data.scaling,
-        class_names=data.class_names,
-    )
+    return data.rescaled(model.data.scaling)
 
 
 def _unknown_target(name: str) -> ValueError:

@@ -38,6 +38,7 @@ from sde_diffusion.parametrization import (
     edm_noise_label,
     no_time,
 )
+from sde_diffusion.samples import Samples, chunks
 from sde_diffusion.schedules import sde_from_config
 from sde_diffusion.sde import SDE
 from sde_diffusion.storage import (
@@ -91,10 +92,10 @@ class FeatureStatistics:
     @classmethod
     @torch.no_grad()
     def of(
-        cls, judge: JudgeNet | RandomFeatures, x: Tensor, chunk: int = 1024
+        cls, judge: JudgeNet | RandomFeatures, x: Samples, chunk: int = 1024
     ) -> FeatureStatistics:
-        """Of clean samples x (N, *event) in [-1, 1], N at least 2."""
-        features = torch.cat([judge.features(part) for part in x.split(chunk)]).double()
+        """Of clean samples x (N, *event) in [-1, 1], N at least 2, read `chunk` at a time."""
+        features = torch.cat([judge.features(part) for part in chunks(x, chunk)]).double()
         size = features.shape[1]
         covariance = torch.cov(features.T) if len(features) > 1 else features.new_zeros(size, size)
         return cls(features.mean(0), covariance.reshape(size, size), len(features))

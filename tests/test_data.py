@@ -165,7 +165,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="refused"):
         load_data(tmp_path / "objects.npy")
     (tmp_path / "table.csv").write_text("1,2")
-    with pytest.raises(ValueError, match=r"neither a \.npy file nor a folder"):
+    with pytest.raises(ValueError, match=r"neither a .npy file nor a .npz file nor a folder"):
         load_data(tmp_path / "table.csv")
     with pytest.raises(ValueError, match="leave labels out"):
         load_data("digits", labels=[0, 1])

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from sde_diffusion.broadcast import expand
 from sde_diffusion.networks.embedding import Conditioning, group_norm, positive
+from sde_diffusion.samples import Samples, chunks
 from sde_diffusion.sde import NoiseLevel
 
 __all__ = ["ClassifierNet", "FeatureMap", "JudgeNet", "NoisedClassifier", "RandomFeatures"]
+
+_MOST_DIMENSIONS = 2048
 
 
 class FeatureMap(Protocol):
@@ -194,6 +197,30 @@ class JudgeNet(nn.Module):
         return self.head(self.features(x))
 
 
+def _principal_components(x: Samples, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (D,), the leading variances (kept,) and their directions (D, kept), in float64."""
+    dimensions = math.prod(x.shape[1:])
+    if dimensions > _MOST_DIMENSIONS:
+        places = torch.linspace(0, len(x) - 1, min(len(x), _MOST_DIMENSIONS)).round().long()
+        flat = x[places].reshape(len(places), -1).double()
+        centre = flat.mean(0)
+        _, singular, directions = torch.linalg.svd(flat - centre, full_matrices=False)
+        values, vectors = singular.square() / len(flat), directions.T
+        if len(values) < kept:  # fewer samples than components: the others have no variance
+            values = nn.functional.pad(values, (0, kept - len(values)))
+            vectors = nn.functional.pad(vectors, (0, kept - vectors.shape[1]))
+        return centre, values[:kept].flip(0), vectors[:, :kept].flip(1)
+    centre = torch.zeros(dimensions, dtype=torch.float64)
+    for part in chunks(x):
+        centre += part.reshape(len(part), -1).double().sum(0) / len(x)
+    covariance = torch.zeros(dimensions, dimensions, dtype=torch.float64)
+    for part in chunks(x):
+        flat = part.reshape(len(part), -1).double() - centre
+        covariance += flat.T @ flat / len(x)
+    values, vectors = torch.linalg.eigh(covariance)
+    return centre, values[-kept:], vectors[:, -kept:]
+
+
 class RandomFeatures(nn.Module):
     """Features of data without labels: whitened principal components through random tanh units.
 
@@ -224,13 +251,14 @@ class RandomFeatures(nn.Module):
         self.register_buffer("bias", torch.zeros(size))
 
     @torch.no_grad()
-    def fit(self, x: Tensor, generator: torch.Generator) -> RandomFeatures:
-        """Set the components from x (N, *event) and the random units from `generator`."""
-        flat = x.reshape(len(x), -1).double()
-        centre = flat.mean(0)
-        values, vectors = torch.linalg.eigh((flat - centre).T @ (flat - centre) / len(flat))
+    def fit(self, x: Samples, generator: torch.Generator) -> RandomFeatures:
+        """Set the components from x (N, *event) and the random units from `generator`.
+
+        Of events with more than 2,048 values the components come from 2,048 samples at even
+        distances, of others from all samples.
+        """
         kept, size = self.settings["components"], self.settings["size"]
-        values, vectors = values[-kept:], vectors[:, -kept:]
+        centre, values, vectors = _principal_components(x, kept)
         vectors = vectors * vectors.sum(0).sign().where(vectors.sum(0) != 0, torch.ones(()))
         self.centre.copy_(centre)
         self.projection.copy_(vectors / values.clamp_min(1e-4 * float(values.max()) + 1e-12).sqrt())
