@@ -11,6 +11,7 @@ import typer
 
 from experiments.cli_train import train
 from experiments.failures import FAILED, OneLineGroup, guarded
+from experiments.noise_scales_command import noise_scales
 
 app = typer.Typer(
     name="sde-diffusion",
@@ -323,6 +324,9 @@ def targets() -> None:
     from experiments.tables import make_console
 
     make_console().print(target_table())
+
+
+app.command("noise-scales")(noise_scales)
 
 
 def main() -> None:
