@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -129,7 +130,7 @@ def training_config(options: TrainOptions) -> TrainConfig:
         config = replace(config, sde={**config.sde, "sigma_max": _sigma_max(options.sigma_max)})
     if options.steps is not None:
         config = config.with_steps(options.steps)
-    given = {
+    given: dict[str, Any] = {
         "seed": options.seed,
         "out": options.out,
         "device": options.device,

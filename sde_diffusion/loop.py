@@ -40,6 +40,7 @@ __all__ = [
 
 Batch = tuple[Tensor | None, ...]
 LOOK_EVERY = 20  # steps between two looks at a GPU's loss: each one waits for the GPU
+COUNTS = ("watch", "updates", "scaler")  # of a loop's state: those that are no weight's
 _DROPOUT = 0x0D  # keeps the layers' own randomness apart from the batch's
 
 

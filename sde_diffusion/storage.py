@@ -123,7 +123,8 @@ def read_tensors(
             given.
     """
     content = _read_bytes(path, remedy)
-    if content[:2] == b"PK" or content[:1] == b"\x80":
+    # safetensors begin with the length of their header, any number, and its first brace.
+    if content[8:9] != b"{" and (content[:2] == b"PK" or content[:1] == b"\x80"):
         raise CheckpointError(
             f"{str(path)!r} is a pickled file, which can run code when it is read, and is refused; "
             "convert it with safetensors.torch.save_file(state_dict, path)"

@@ -23,6 +23,7 @@ from sde_diffusion.data import HELD_OUT, SPLIT_SEED, load_data
 from sde_diffusion.dataset import Dataset
 from sde_diffusion.errors import require_count, unknown_name
 from sde_diffusion.networks import build_network
+from sde_diffusion.noise_scales import suggest_noise_scales
 from sde_diffusion.parametrization import EDMModel
 from sde_diffusion.schedules import SDES
 from sde_diffusion.sde import SDE
@@ -246,7 +247,13 @@ def noise_scales_chosen(config: TrainConfig, data: Dataset) -> tuple[TrainConfig
     (empty where nothing was asked for)."""
     if config.sde.get("sigma_max") != AUTO:
         return config, ""
-    raise NotImplementedError
+    smallest = {key: value for key, value in config.sde.items() if key == "sigma_min"}
+    scales = suggest_noise_scales(data.train_x, **smallest)
+    objective = dict(config.objective)
+    if objective.get("name") == "ncsn":
+        objective = {"levels": scales.levels} | objective
+    sde = {**config.sde, "sigma_min": scales.sigma_min, "sigma_max": scales.sigma_max}
+    return replace(config, sde=sde, objective=objective), scales.explain()
 
 
 def completed(config: TrainConfig, data: Dataset) -> TrainConfig:

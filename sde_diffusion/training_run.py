@@ -17,7 +17,7 @@ from sde_diffusion.accelerated import make_accelerator
 from sde_diffusion.checkpoints import MODEL_FILE, FeatureStatistics, save_model
 from sde_diffusion.dataset import Dataset
 from sde_diffusion.errors import require_count
-from sde_diffusion.loop import Loop, NonFiniteLossError
+from sde_diffusion.loop import COUNTS, Loop, NonFiniteLossError
 from sde_diffusion.networks import JudgeNet, NoisedClassifier, RandomFeatures
 from sde_diffusion.samples import chunks
 from sde_diffusion.sde import SDE
@@ -332,8 +332,8 @@ class Run:
             for name, w in weights.items()
         }
         expected |= {name: w for name, w in moments.items() if name in found}
-        counts = {name: found.pop(name) for name in ("watch", "updates", "scaler") if name in found}
-        return {**fit_tensors(file, expected, found), **counts}
+        fitted = fit_tensors(file, expected, {n: t for n, t in found.items() if n not in COUNTS})
+        return fitted | {name: found[name] for name in COUNTS if name in found}
 
     def _require_same(self, info: dict[str, Any], what: str) -> None:
         wanted = json.loads(json.dumps(self.identity))
