@@ -39,6 +39,7 @@ from sde_diffusion.parametrization import (
     X0Model,
     no_time,
 )
+from sde_diffusion.score_matching import explicit_loss
 from sde_diffusion.sde import SDE, NoiseLevel
 
 __all__ = [
@@ -272,6 +273,10 @@ def _ncsn(model: ParametrizedModel, sde: SDE, *, levels: int = 100) -> Objective
     return Objective(Scaled(simple_loss, 0.5), GeometricLadder(levels))
 
 
+def _explicit(model: ParametrizedModel, sde: SDE) -> Objective:
+    return Objective(explicit_loss, even_times(sde))
+
+
 def _discrete_simple(model: ParametrizedModel, sde: SDE) -> Objective:
     return Objective(simple_loss, ChainTimes(require_chain(sde, "objective 'discrete_simple'")))
 
@@ -303,6 +308,7 @@ _MAKERS: dict[str, Callable[..., Objective]] = {
     "likelihood": _likelihood,
     "min_snr": _min_snr,
     "ncsn": _ncsn,
+    "explicit": _explicit,
     "discrete_simple": _discrete_simple,
     "vlb": _vlb,
     "hybrid": _hybrid,
@@ -316,6 +322,7 @@ OBJECTIVES: dict[str, str] = {
     "likelihood": "weight g^2 as a bound on -log p, times drawn in proportion (Song et al. 2021)",
     "min_snr": "squared error of x0 weighted by min(SNR, gamma) (Hang et al. 2023)",
     "ncsn": "sigma^2-weighted score matching on a geometric ladder of levels (Song & Ermon 2019)",
+    "explicit": "explicit score matching with the exact trace, for small models (Hyvärinen 2005)",
     "discrete_simple": "squared error of eps at a DDPM chain's own steps (Ho et al. 2020, eq. 14)",
     "vlb": "a DDPM chain's full variational bound, one step of it per sample (Ho et al. 2020)",
     "hybrid": "discrete_simple + weight * vlb (Nichol & Dhariwal 2021)",
