@@ -243,7 +243,11 @@ def _density(plan: SamplePlan) -> Any:
 
 
 def _raw(subject: Subject, x: Tensor) -> Tensor:
-    return subject.judge.data.scaling.to_raw(x) if isinstance(subject, ModelSubject) else x
+    if not isinstance(subject, ModelSubject):
+        return x
+    scaling = subject.judge.data.scaling
+    # Dequantised data comes back on its levels, anything else as the network made it.
+    return scaling.quantise(x) if scaling.dequantised else scaling.to_raw(x)
 
 
 def _write_array(path: Path, x: Tensor) -> None:

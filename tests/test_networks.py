@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -13,13 +14,17 @@ from sde_diffusion.loop import seeded
 from sde_diffusion.networks import (
     MLP,
     ClassifierNet,
+    DiT,
     JudgeNet,
     NoisedClassifier,
     RandomFeatures,
     UNet,
     build_network,
     default_score_config,
+    sized_score_config,
 )
+from sde_diffusion.networks.sizes import SIZES, parameters_of
+from sde_diffusion.networks.unet import Attention
 
 SHAPES = [(), (3,), (1, 3, 3), (1, 8, 8), (3, 8, 12), (1, 5, 7), (1, 28, 28)]
 
@@ -81,6 +86,29 @@ def test_an_untrained_network_ignores_its_label() -> None:
             "patch_size": 2,
             "embedding": 16,
         },
+        {
+            "kind": "unet",
+            "event_shape": [1, 8, 8],
+            "num_classes": None,
+            "channels": [8, 12],
+            "blocks": 1,
+            "patch_size": 1,
+            "embedding": 16,
+            "attention": [4],
+            "dropout": 0.1,
+            "time_embedding": False,
+        },
+        {
+            "kind": "dit",
+            "event_shape": [3, 8, 12],
+            "num_classes": 4,
+            "width": 24,
+            "depth": 2,
+            "heads": 3,
+            "patch_size": 4,
+            "mlp_ratio": 2.0,
+            "dropout": 0.1,
+        },
         {"kind": "classifier", "event_shape": [1, 8, 8], "num_classes": 3, "width": 8},
         {"kind": "judge", "event_shape": [5], "num_classes": 3, "width": 8, "size": 9},
         {"kind": "random_features", "event_shape": [4], "components": 3, "size": 9},
@@ -115,6 +143,14 @@ def test_unets_of_other_settings(blocks: int, channels: tuple[int, ...], patch: 
         ({"kind": "unet", "event_shape": [1, 6, 8], "channels": [4, 4]}, "multiples of it"),
         ({"kind": "unet", "event_shape": [1, 8, 8], "channels": []}, "at least one level"),
         ({"kind": "judge", "event_shape": [3], "num_classes": None}, "num_classes"),
+        (
+            {"kind": "unet", "event_shape": [1, 8, 8], "attention": [16]},
+            "height 16, and the feature maps have heights 4, 2",
+        ),
+        ({"kind": "unet", "event_shape": [1, 8, 8], "dropout": 1.0}, r"dropout must lie in \[0, 1"),
+        ({"kind": "dit", "event_shape": [1, 9, 8]}, "multiples of it"),
+        ({"kind": "dit", "event_shape": [1, 8, 8], "width": 20, "heads": 3}, "multiple of 4 and"),
+        ({"kind": "dit", "event_shape": [1, 8, 8], "mlp_ratio": 0}, "mlp_ratio must be above 0"),
     ],
 )
 def test_configurations_that_do_not_fit(config: dict, message: str) -> None:
@@ -182,3 +218,178 @@ def test_initial_weights_come_from_their_keys_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(one.inlet.weight, two.inlet.weight)
     assert not torch.equal(one.inlet.weight, other.inlet.weight)
+
+
+LARGER = {
+    "attention": {"channels": [8, 16], "patch_size": 1, "attention": [8, 4], "dropout": 0.2},
+    "dit": {"width": 24, "depth": 2, "heads": 3},
+}
+
+
+def larger(name: str, classes: int | None = 3, **settings: object) -> nn.Module:
+    kind = "dit" if name == "dit" else "unet"
+    return build_network(
+        {"kind": kind, "event_shape": [2, 8, 8], "num_classes": classes, **LARGER[name], **settings}
+    )
+
+
+@pytest.mark.parametrize("name", LARGER)
+def test_larger_networks_know_time_and_class_and_start_at_zero(name: str) -> None:
+    net = larger(name)
+    x, t, label = randn(4, 2, 8, 8), torch.linspace(0.1, 1, 4), torch.tensor([0, 1, 2, 3])
+    fresh = net.eval()(x, t, label)
+    assert fresh.shape == x.shape
+    assert name != "dit" or bool((fresh == 0).all())
+    assert torch.equal(fresh, net(x, t))  # class embeddings start at zero
+    net = stirred(net)
+    assert torch.equal(net(x, t), net(x, t, torch.full((4,), 3)))
+    assert not torch.allclose(net(x, t)[:3], net(x, t, label)[:3], atol=1e-4)
+    assert not torch.allclose(net(x, t + 0.3), net(x, t), atol=1e-4)
+    single = torch.cat([net(x[i : i + 1], t[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(single, net(x, t), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="unconditional network"):
+        larger(name, None)(x, t, label)
+    # Dropout acts in training alone.
+    again = larger(name, dropout=0.5)
+    again.load_state_dict(net.state_dict())
+    assert torch.equal(again.eval()(x, t), net(x, t))
+    assert not torch.equal(again.train()(x, t), net(x, t))
+
+
+@pytest.mark.parametrize("name", LARGER)
+def test_an_average_of_the_parameters_is_all_of_the_network(name: str) -> None:
+    net = larger(name)
+    assert set(net.state_dict()) == {key for key, _ in net.named_parameters()}
+
+
+@pytest.mark.parametrize("name", LARGER)
+def test_the_memory_format_does_not_matter(name: str) -> None:
+    net = stirred(larger(name))
+    x, t = randn(3, 2, 8, 8), torch.rand(3, generator=torch.Generator().manual_seed(0))
+    last = x.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(net(last, t), net(x, t), rtol=1e-4, atol=1e-5)
+    plain = net.to(memory_format=torch.contiguous_format)(x, t)
+    moved = net.to(memory_format=torch.channels_last)(last, t)
+    torch.testing.assert_close(moved, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LARGER)
+def test_networks_compile_into_one_graph(name: str) -> None:
+    net = stirred(larger(name))
+    x, t, label = randn(3, 2, 8, 8), torch.rand(3), torch.tensor([0, 1, 3])
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, t, label), net(x, t, label))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGER)
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_step_has_the_same_gradient(name: str) -> None:
+    net = stirred(larger(name))
+    x, t, label = randn(3, 2, 8, 8), torch.rand(3), torch.tensor([0, 1, 3])
+    torch._dynamo.reset()
+    compiled = torch.compile(net, fullgraph=True)
+    gradients = []
+    for called in (net, compiled):
+        net.zero_grad()
+        called(x, t, label).square().sum().backward()
+        gradients.append([w.grad.clone() for w in net.parameters()])
+    for plain, fused in zip(*gradients, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max()))
+
+
+def test_attention_is_softmax_of_scaled_products() -> None:
+    attention = stirred(Attention(12, head_width=4))
+    h = randn(2, 12, 3, 5)
+    query, key, value = attention.inlet(attention.norm(h)).flatten(2).chunk(3, dim=1)
+    heads = []
+    for part in range(3):
+        q, k, v = (z[:, 4 * part : 4 * part + 4] for z in (query, key, value))
+        weight = torch.softmax(torch.einsum("bcq,bck->bqk", q, k) / 2, dim=2)
+        heads.append(torch.einsum("bqk,bck->bcq", weight, v))
+    expected = h + attention.outlet(torch.cat(heads, 1).reshape(h.shape))
+    torch.testing.assert_close(attention(h), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_transformer_knows_where_its_patches_are() -> None:
+    net = stirred(DiT((1, 4, 8), None, width=16, depth=1, heads=2, patch_size=2))
+    t = torch.ones(1)
+    x = torch.zeros(1, 1, 4, 8)
+    out = net(x, t)
+    # Equal patches, different places: without positions all outputs would be equal.
+    patches = nn.functional.pixel_unshuffle(out, 2).flatten(2)[0].T
+    assert len({tuple(round(v, 5) for v in row) for row in patches.tolist()}) == 8
+    # A change of one patch reaches the others, and itself most.
+    x[0, 0, :2, :2] = 1.0
+    moved = (net(x, t) - out).abs().detach()
+    assert float(moved.flatten().min()) > 0
+    assert float(moved[0, 0, :2, :2].mean()) > float(moved.mean())
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+@pytest.mark.parametrize("kind", ["unet", "mlp"])
+def test_networks_that_are_blind_to_time(kind: str, classes: int | None) -> None:
+    net = stirred(
+        build_network(
+            {
+                "kind": kind,
+                "event_shape": [1, 8, 8],
+                "num_classes": classes,
+                "time_embedding": False,
+            }
+        )
+    )
+    x = randn(3, 1, 8, 8)
+    out = net(x, torch.zeros(3))
+    assert torch.equal(out, net(x, torch.tensor([0.1, 5.0, 700.0])))
+    assert not any("first" in key and key.startswith("condition") for key in net.state_dict())
+    if classes is None:
+        assert not any("film" in key for key in net.state_dict())
+    else:
+        label = torch.tensor([0, 1, 2])
+        assert not torch.allclose(net(x, torch.zeros(3), label), out, atol=1e-4)
+
+
+def test_earlier_configurations_make_the_same_network() -> None:
+    """Digests of names, and of initial weights by their key, taken before attention, dropout and
+    blindness to time were added: the shipped networks must be built, and trained, as they were."""
+    expected = {
+        (1, 8, 8): "1105a44737941d09",
+        (3, 32, 32): "3ad5da624e38c68a",
+        (2,): "aa6c02ed8f301600",
+    }
+    for event, start in expected.items():
+        net = seeded(lambda event=event: build_network(default_score_config(event, 10)), 0, 1)
+        digest = hashlib.sha256()
+        for name, weight in net.state_dict().items():
+            digest.update(name.encode())
+            digest.update(weight.contiguous().numpy().tobytes())
+        assert digest.hexdigest().startswith(start)
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+@pytest.mark.parametrize("event", [(1, 28, 28), (3, 64, 64)], ids=str)
+def test_networks_of_a_number_of_parameters(kind: str, event: tuple[int, ...]) -> None:
+    for size in (*SIZES, 5e6):
+        config = sized_score_config(event, 10, size, kind=kind)
+        wanted = SIZES[size] if isinstance(size, str) else size
+        # Widths go in steps: of 4 channels at 16 for the smallest, a quarter of its parameters.
+        assert abs(parameters_of(config) / wanted - 1) < (0.25 if wanted < 1e6 else 0.12)
+    net = stirred(build_network(sized_score_config(event, 10, "tiny", kind=kind)))
+    assert sum(w.numel() for w in net.parameters()) == parameters_of(net.config())
+    assert net(randn(2, *event), torch.rand(2)).shape == (2, *event)
+
+
+def test_sizes_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="Did you mean 'small'"):
+        sized_score_config((1, 8, 8), None, "smal")
+    with pytest.raises(ValueError, match="size must be one of"):
+        sized_score_config((1, 8, 8), None, 1000)
+    with pytest.raises(ValueError, match="kind of a sized score network"):
+        sized_score_config((1, 8, 8), None, kind="mlp")
+    with pytest.raises(ValueError, match="must be an image"):
+        sized_score_config((3,), None)
+    patched = sized_score_config((1, 28, 28), None, "tiny", patch_size=2)
+    assert patched["patch_size"] == 2
+    assert patched["attention"] == [7]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from experiments.subjects import _real_data
+from sde_diffusion import VPSDE
+from sde_diffusion.checkpoints import FeatureStatistics, load_model
 from sde_diffusion.data import DataDescription, Dataset, Preparation, Scaling, load_data
+from sde_diffusion.networks import RandomFeatures
 from sde_diffusion.samples import (
     StoredSamples,
     all_finite,
@@ -21,6 +26,7 @@ from sde_diffusion.samples import (
     content_digest,
     root_mean_square,
 )
+from sde_diffusion.training import StageSettings, TrainSettings, train
 from tests.test_data import image, save
 
 
@@ -408,3 +414,57 @@ def test_saved_datasets_of_arrays(tmp_path: Path) -> None:
     found, want = load_data(tmp_path / "points"), load_data(tmp_path / "a.npy")
     assert torch.equal(as_tensor(found.train_x), as_tensor(want.train_x))
     assert found.train_y is None
+
+
+def test_without_an_extra_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dataset_info.json").write_text("{}")
+    for module in ("datasets", "mlxtend", "mlxtend.data"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=r"sde-diffusion\[datasets\]"):
+        load_data(tmp_path)
+    with pytest.raises(ValueError, match=r"sde-diffusion\[mnist\]"):
+        load_data("mnist5k")
+
+
+# Training on them
+
+
+def test_training_takes_images_from_disk(tmp_path: Path) -> None:
+    for k in range(24):
+        image(tmp_path / "data" / "ab"[k % 2] / f"{k}.png", size=(8, 8), seed=k)
+    few = StageSettings(steps=2, batch_size=32)  # more than there are samples
+    settings = TrainSettings(score=few, classifier=few, judge=few)
+    asked = {"dequantise": True, "flip": True, "cache": False}
+    data = load_data(tmp_path / "data", **asked)
+    kept = load_data(tmp_path / "data", **{**asked, "cache": True})
+    one, two = (
+        load_model(train(d, VPSDE(), tmp_path / name, settings=settings, progress=False))
+        for d, name in ((data, "lazy"), (kept, "cached"))
+    )
+    for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert one.data == data.describe()
+    assert one.data.scaling.levels == 256
+    torch.testing.assert_close(
+        one.reference["train"].mean,
+        FeatureStatistics.of(one.judge, as_tensor(data.train_x)).mean,
+        rtol=1e-2,  # the folder keeps the judge in float16
+        atol=1e-2,
+    )
+    real = _real_data(one, None)
+    assert real is not None
+    assert real.digest() == data.digest()
+
+
+def test_features_of_events_of_many_dimensions(tmp_path: Path) -> None:
+    """Components from samples: those of the whole covariance, where the samples are all there."""
+    x = torch.randn(60, 3, 30, 30, generator=generator()) * torch.linspace(0.1, 3, 30)
+    x = x + 5 * torch.randn(60, 1, 1, 1, generator=generator(1)) * torch.ones(3, 30, 30)
+    features = RandomFeatures((3, 30, 30), components=4).fit(x, generator())
+    z = (x.flatten(1) - features.centre) @ features.projection
+    torch.testing.assert_close(torch.cov(z.T, correction=0), torch.eye(4), rtol=0, atol=1e-4)
+    flat = x.flatten(1).double()
+    covariance = torch.cov(flat.T, correction=0)
+    leading = torch.linalg.eigvalsh(covariance)[-4:]
+    found = features.projection.double().norm(dim=0) ** -2
+    torch.testing.assert_close(found, leading, rtol=1e-4, atol=0)

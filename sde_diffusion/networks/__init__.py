@@ -15,12 +15,15 @@ from sde_diffusion.networks.classifier import (
     NoisedClassifier,
     RandomFeatures,
 )
+from sde_diffusion.networks.dit import DiT
 from sde_diffusion.networks.mlp import MLP
+from sde_diffusion.networks.sizes import sized_score_config
 from sde_diffusion.networks.unet import UNet
 
 __all__ = [
     "MLP",
     "ClassifierNet",
+    "DiT",
     "FeatureMap",
     "JudgeNet",
     "NoisedClassifier",
@@ -28,11 +31,13 @@ __all__ = [
     "UNet",
     "build_network",
     "default_score_config",
+    "sized_score_config",
 ]
 
 _KINDS: dict[str, type[nn.Module]] = {
     "mlp": MLP,
     "unet": UNet,
+    "dit": DiT,
     "classifier": ClassifierNet,
     "judge": JudgeNet,
     "random_features": RandomFeatures,
@@ -42,7 +47,7 @@ _KINDS: dict[str, type[nn.Module]] = {
 def build_network(config: dict[str, Any]) -> nn.Module:
     """Build a network from ``{"kind": ..., "event_shape": [...], ...settings}``.
 
-    Kinds: mlp, unet (score networks), classifier (of noised inputs), judge and random_features
+    Kinds: mlp, unet, dit (score networks), classifier (of noised inputs), judge and random_features
     (of clean ones). Every network's ``config()`` gives back what it was built from.
 
     Raises:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Conditioning", "TimeFeatures", "group_norm", "positive"]
+__all__ = ["Conditioning", "TimeFeatures", "fraction", "group_norm", "positive"]
 
 
 def positive(name: str, value: int) -> int:
@@ -15,6 +15,13 @@ def positive(name: str, value: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
     return value
+
+
+def fraction(name: str, value: float) -> float:
+    """Return `value` if it lies in [0, 1), else raise a ValueError that names it."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
+    return float(value)
 
 
 def group_norm(channels: int, groups: int = 8) -> nn.GroupNorm:
@@ -51,16 +58,26 @@ class Conditioning(nn.Module):
     The class embedding has one row more than there are classes: the null label, with which the
     network is unconditional (Ho and Salimans 2022). It starts at zero, so an untrained network
     ignores its label.
+
+    Args:
+        width: of the vector.
+        num_classes: classes, or None.
+        time_embedding: False leaves the time label out, for networks that are blind to the noise
+            level (NCSNv2: Song & Ermon 2020, arXiv:2006.09011, section 3.2); without classes too
+            there is then nothing to embed, and the result is None.
     """
 
-    def __init__(self, width: int, num_classes: int | None) -> None:
+    def __init__(self, width: int, num_classes: int | None, *, time_embedding: bool = True) -> None:
         super().__init__()
         if num_classes is not None:
             positive("num_classes", num_classes)
         self.num_classes = num_classes
-        self.features = TimeFeatures()
-        self.first = nn.Linear(self.features.size, width)
-        self.second = nn.Linear(width, width)
+        self.width: int | None = width if time_embedding or num_classes is not None else None
+        self.features: TimeFeatures | None = None
+        if time_embedding:
+            self.features = TimeFeatures()
+            self.first = nn.Linear(self.features.size, width)
+            self.second = nn.Linear(width, width)
         self.classes: nn.Embedding | None = None
         if num_classes is not None:
             self.classes = nn.Embedding(num_classes + 1, width)
@@ -71,17 +88,19 @@ class Conditioning(nn.Module):
         """The label that stands for no label, or None for an unconditional network."""
         return self.num_classes
 
-    def forward(self, time_label: Tensor, label: Tensor | None) -> Tensor:
+    def forward(self, time_label: Tensor, label: Tensor | None) -> Tensor | None:
         """Embed (B,) time labels and (B,) labels; no label is the null label."""
-        hidden = self.second(nn.functional.silu(self.first(self.features(time_label))))
+        hidden: Tensor | None = None
+        if self.features is not None:
+            hidden = self.second(nn.functional.silu(self.first(self.features(time_label))))
         if self.classes is None:
             if label is not None:
                 raise ValueError(
                     "label was given to an unconditional network (num_classes=None); leave it out"
                 )
-            return nn.functional.silu(hidden)
+            return None if hidden is None else nn.functional.silu(hidden)
         if label is None:
-            hidden = hidden + self.classes.weight[-1]
+            own = self.classes.weight[-1:].expand(time_label.shape[0], -1)
         else:
-            hidden = hidden + self.classes(label)
-        return nn.functional.silu(hidden)
+            own = self.classes(label)
+        return nn.functional.silu(own if hidden is None else hidden + own)

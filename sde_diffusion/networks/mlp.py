@@ -14,18 +14,20 @@ __all__ = ["MLP"]
 
 
 class _Block(nn.Module):
-    def __init__(self, width: int, embedding: int) -> None:
+    def __init__(self, width: int, embedding: int | None) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.film = nn.Linear(embedding, 2 * width)
+        self.film = None if embedding is None else nn.Linear(embedding, 2 * width)
         self.first = nn.Linear(width, width)
         self.second = nn.Linear(width, width)
         nn.init.zeros_(self.second.weight)
         nn.init.zeros_(self.second.bias)
 
-    def forward(self, h: Tensor, condition: Tensor) -> Tensor:
-        scale, shift = self.film(condition).chunk(2, dim=1)
-        inner = self.norm(h) * (1 + scale) + shift
+    def forward(self, h: Tensor, condition: Tensor | None) -> Tensor:
+        inner = self.norm(h)
+        if self.film is not None:
+            scale, shift = self.film(condition).chunk(2, dim=1)
+            inner = inner * (1 + scale) + shift
         return h + self.second(nn.functional.silu(self.first(nn.functional.silu(inner))))
 
 
@@ -37,6 +39,7 @@ class MLP(nn.Module):
         num_classes: classes it is conditional on, or None; label `num_classes` is the null label.
         width: hidden units.
         blocks: residual blocks, each of two linear layers, modulated by time and class (FiLM).
+        time_embedding: False: the network is blind to the time label, which it still takes.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class MLP(nn.Module):
         *,
         width: int = 128,
         blocks: int = 3,
+        time_embedding: bool = True,
     ) -> None:
         super().__init__()
         positive("width", width)
@@ -53,10 +57,12 @@ class MLP(nn.Module):
         self.event_shape = tuple(int(n) for n in event_shape)
         size = math.prod(self.event_shape)
         self.num_classes = num_classes
-        self.settings = {"width": width, "blocks": blocks}
-        self.condition = Conditioning(width, num_classes)
+        self.settings: dict[str, Any] = {"width": width, "blocks": blocks}
+        if not time_embedding:
+            self.settings["time_embedding"] = False
+        self.condition = Conditioning(width, num_classes, time_embedding=time_embedding)
         self.inlet = nn.Linear(size, width)
-        self.blocks = nn.ModuleList(_Block(width, width) for _ in range(blocks))
+        self.blocks = nn.ModuleList(_Block(width, self.condition.width) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)
         self.outlet = nn.Linear(width, size)
         nn.init.zeros_(self.outlet.weight)
