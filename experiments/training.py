@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table
 from torch import Tensor
 
 from experiments.generate import image_grid
 from experiments.pictures import SampleGroup, samples_figure
-from experiments.tables import make_console, wrote
+from experiments.tables import make_console, number, wrote
 from sde_diffusion.accelerated import is_main_process
 from sde_diffusion.checkpoints import describe
 from sde_diffusion.dataset import Dataset
@@ -188,5 +189,31 @@ def sample_sheet(data: Dataset, seed: int) -> SampleSheet:
     return draw
 
 
-def _by_time(training: dict) -> Table | None:
-    return None
+def _by_time(training: dict[str, Any]) -> Table | None:
+    """Loss of the score network and accuracy of the classifier on held-out data, by time."""
+    losses = training["validation"][-1]["by_time"] if training.get("validation") else []
+    accuracies = training.get("classifier_accuracy") or []
+    if not losses:
+        return None
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table.title, table.title_justify = (
+        "held-out data, by time: loss ||eps_theta - eps||^2 / D",
+        "left",
+    )
+    for name in (
+        "t",
+        "log SNR",
+        "loss",
+        *(["classifier"] if accuracies else []),
+    ):
+        table.add_column(name, justify="left" if name == "t" else "right")
+    for index, bucket in enumerate(losses):
+        row = [
+            f"{bucket['t_low']:.3g} – {bucket['t_high']:.3g}",
+            f"{2 * bucket['half_log_snr_high']:.1f} … {2 * bucket['half_log_snr_low']:.1f}",
+            number(bucket["mean"], bucket["stderr"]),
+        ]
+        if accuracies:
+            row.append(f"{accuracies[index]['mean']:.1%}")
+        table.add_row(*row)
+    return table

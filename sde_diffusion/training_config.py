@@ -99,6 +99,7 @@ class RunTable:
     keep_last: int = 2
     validate_every: int = 0
     validation_buckets: int = 8
+    validation_samples: int = 1024
     samples_every: int = 0
     log_every: int = 50
     trackers: tuple[str, ...] = ()

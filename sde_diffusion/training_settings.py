@@ -144,6 +144,7 @@ class RunOptions:
         validate_every: steps between validations: the denoising loss of the average of weights on
             the held-out part, by time bucket; 0 for the end of training only.
         validation_buckets: parts of the time interval, equal in log-SNR, that are told apart.
+        validation_samples: of the held-out part, at most.
         samples_every: steps between sample sheets; 0 for none.
         log_every: steps between two lines for the trackers.
         trackers: names that accelerate knows, such as tensorboard; they write to ``logs/``.
@@ -156,6 +157,7 @@ class RunOptions:
     keep_last: int = 2
     validate_every: int = 0
     validation_buckets: int = 8
+    validation_samples: int = 1024
     samples_every: int = 0
     log_every: int = 50
     trackers: tuple[str, ...] = ()
@@ -164,7 +166,13 @@ class RunOptions:
     config: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("checkpoint_every", "keep_last", "validation_buckets", "log_every"):
+        for name in (
+            "checkpoint_every",
+            "keep_last",
+            "validation_buckets",
+            "validation_samples",
+            "log_every",
+        ):
             require_count(name, getattr(self, name))
         for name in ("validate_every", "samples_every"):
             require_count(name, getattr(self, name), least=0)

@@ -18,6 +18,7 @@ from sde_diffusion.networks import (
     NoisedClassifier,
     build_network,
     default_score_config,
+    sized_score_config,
 )
 from sde_diffusion.objectives import Objective, even_times, named_objective, parametrized
 from sde_diffusion.parametrization import (
@@ -75,8 +76,7 @@ class Tasks:
         """Configuration of a stage's network, for `build_network`."""
         shape = list(self.data.event_shape)
         if stage == SCORE:
-            default = default_score_config(shape, self.classes)
-            return _merged(default, self.settings.network)
+            return _score_config(shape, self.classes, self.settings.network or {})
         labelled = {"event_shape": shape, "num_classes": self.data.num_classes}
         if stage == CLASSIFIER:
             return _merged({"kind": "classifier", **labelled}, self.settings.classifier_network)
@@ -184,6 +184,18 @@ class Tasks:
             return nn.functional.cross_entropy(trained(x), label, reduction="none")
 
         return Task(draw, loss)
+
+
+def _score_config(
+    shape: list[int], classes: int | None, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The default score network, or one of the size asked for, with what else was given."""
+    if "size" not in given:
+        return _merged(default_score_config(shape, classes), given)
+    kind = given.get("kind", "unet")
+    shaping = {key: given[key] for key in ("patch_size", "dropout") if key in given}
+    config = sized_score_config(shape, classes, given["size"], kind=kind, **shaping)
+    return _merged(config, {key: value for key, value in given.items() if key != "size"})
 
 
 def _merged(default: dict[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from sde_diffusion.loop import Loop, Standing
+from sde_diffusion.losses import simple_loss
 from sde_diffusion.networks import NoisedClassifier
 from sde_diffusion.parametrization import ParametrizedModel
 from sde_diffusion.training_settings import RunOptions, SampleSheet
@@ -69,36 +73,41 @@ class Watch:
             self.sheet(self.tasks.model(loop.average), folder / f"{loop.done:07d}")
 
     def validate(self, model: ParametrizedModel, step: int) -> None:
-        """The denoising loss on the held-out part, by time bucket, into `history`; once a step."""
+        """The simple loss on the held-out part, by time bucket, into `history`; once a step.
+
+        The same for every objective, so that runs can be compared.
+        """
         if any(entry["step"] == step for entry in self.history):
             return
-        data, objective = self.tasks.data, self.tasks.objective(model)
-        label = data.test_y if self.tasks.classes is not None else None
-        by_time = loss_by_time(
-            model,
-            objective.loss,
-            data.test_x,
-            label,
-            self.tasks.sde,
-            buckets=self.options.validation_buckets,
-            seed=self.tasks.seed,
+        x, y = self._held_out(next(model.parameters()).device)
+        label = y if self.tasks.classes is not None else None
+        buckets, seed = self.options.validation_buckets, self.tasks.seed
+        found = loss_by_time(
+            model, simple_loss, x, label, self.tasks.sde, buckets=buckets, seed=seed
         )
-        self.history.append({"step": step, **by_time.config()})
+        mean = sum(bucket.mean for bucket in found) / len(found)
+        self.history.append(
+            {"step": step, "loss": mean, "by_time": [bucket.config() for bucket in found]}
+        )
         if self._tracking:
-            self.accelerator.log({"validation/loss": by_time.mean}, step=step)
+            self.accelerator.log({"validation/loss": mean}, step=step)
 
-    def accuracy(self, classifier: NoisedClassifier) -> dict[str, Any]:
+    def accuracy(self, classifier: NoisedClassifier) -> list[dict[str, Any]]:
         """The classifier's accuracy on the held-out part, by time bucket."""
-        data = self.tasks.data
-        by_time = accuracy_by_time(
-            classifier,
-            data.test_x,
-            data.test_y,
-            self.tasks.sde,
-            buckets=self.options.validation_buckets,
-            seed=self.tasks.seed,
-        )
-        return by_time.config()
+        x, y = self._held_out(next(classifier.parameters()).device)
+        if y is None:
+            return []
+        buckets, seed = self.options.validation_buckets, self.tasks.seed
+        found = accuracy_by_time(classifier, x, y, self.tasks.sde, buckets=buckets, seed=seed)
+        return [bucket.config() for bucket in found]
+
+    def _held_out(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """The held-out part, or as much of it as is looked at, evenly spread over its order."""
+        data, most = self.tasks.data, self.options.validation_samples
+        count = min(most, len(data.test_x))
+        index = torch.linspace(0, len(data.test_x) - 1, count).round().long()
+        y = None if data.test_y is None else data.test_y[index].to(device)
+        return data.test_x[index].to(device), y
 
     def close(self) -> None:
         """End the trackers."""
