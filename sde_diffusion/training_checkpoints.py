@@ -83,7 +83,8 @@ class CheckpointStore:
                 self.manifest, {"format": FORMAT, "version": VERSION, "checkpoints": entries}
             )
         except CheckpointError:
-            file.unlink(missing_ok=True)
+            if self.manifest.exists():  # the old one, or the new: what it names stays
+                self._remove_others({entry["file"] for entry in self._entries()})
             raise
         self._remove_others({entry["file"] for entry in entries})
         self.newest = file
