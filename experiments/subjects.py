@@ -286,7 +286,7 @@ def _real_data(model: LoadedModel, source: str | None) -> Dataset | None:
     if source is None:
         try:
             data = load_data(model.data.name, **model.data.options)
-        except ValueError:  # moved since; the moments in the folder remain
+        except (ValueError, TypeError):  # moved since; the moments in the folder remain
             return None
         return data if data.describe().scaling == model.data.scaling else None
     try:

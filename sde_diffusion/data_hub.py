@@ -120,7 +120,8 @@ def read_saved_dataset(
         if label in classes:
             names = tuple(data.features[label].int2str(int(k)) for k in range(len(names)))
     if column in images:
-        return read_images(_Images(data, column, str(path)), str(path), codes, names, options)
+        source = _Images(data.select_columns([column]), column, str(path))
+        return read_images(source, str(path), codes, names, options)
     array = _array_column(data, column, str(path))
     return RawData(array, codes, names, level_range(array, f"{path}:{column}"))
 
@@ -165,4 +166,5 @@ def _array_column(data: Any, column: str, path: str) -> _Arrays:
     feature = data.features[column]
     named = getattr(feature, "dtype", None) or getattr(feature.feature, "dtype", "float32")
     shape = (1, *first.shape) if first.ndim == 2 else first.shape
+    data = data.select_columns([column]).with_format("numpy")
     return _Arrays(data, column, shape, np.dtype(named if named != "list" else first.dtype))

@@ -241,7 +241,7 @@ def read_images(
         )
     if form is None:
         raise ValueError(f"no image of {name!r} can be read; replace them")
-    kept = np.array([row for row in good if row not in set(bad)], dtype=np.int64)
+    kept = np.setdiff1d(np.array(good, dtype=np.int64), np.array(bad, dtype=np.int64))
     codes = None if codes is None else codes[kept]
     if codes is not None and len(np.unique(codes)) < len(class_names):
         lost = [n for k, n in enumerate(class_names) if k not in set(codes.tolist())]

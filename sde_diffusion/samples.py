@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,7 +31,7 @@ __all__ = [
     "root_mean_square",
 ]
 
-CHUNK_VALUES = 2**23
+CHUNK_VALUES = 2**21
 DIGEST_BYTES = 4 * 2**30
 DIGEST_ROWS = 4096
 
@@ -95,8 +96,19 @@ class StoredSamples:
         rows = self.rows[index if isinstance(index, slice) else index.numpy()]
         if rows.ndim != 1:
             raise IndexError(f"index must be one-dimensional or a slice, got {index!r}")
-        values = torch.from_numpy(np.asarray(self.raw[rows]).astype(np.float64))
-        return self.scaling.to_model(values).to(torch.float32)
+        values = np.asarray(self.raw[rows])
+        if self._table is not None:
+            return torch.from_numpy(self._table[values])
+        return self._scaled(values)
+
+    @cached_property
+    def _table(self) -> np.ndarray | None:
+        """The scaled value of each 8-bit one: looking them up is several times faster."""
+        every = np.arange(256, dtype=np.uint8)
+        return self._scaled(every).numpy() if self.raw.dtype == np.uint8 else None
+
+    def _scaled(self, values: np.ndarray) -> Tensor:
+        return self.scaling.to_model(torch.from_numpy(values.astype(np.float64))).to(torch.float32)
 
     def at(self, index: Tensor) -> StoredSamples:
         """The samples at (B,) indices, not read yet."""
@@ -112,12 +124,12 @@ class StoredSamples:
 
 
 def chunk_rows(shape: tuple[int, ...]) -> int:
-    """How many of samples (N, *event) are read at a time: about 8 million values."""
+    """How many of samples (N, *event) are read at a time: about 2 million values."""
     return max(1, CHUNK_VALUES // max(1, math.prod(shape[1:])))
 
 
 def chunks(samples: Samples, size: int | None = None) -> Iterator[Tensor]:
-    """All samples in order, at most `size` at a time; by default about 8 million values."""
+    """All samples in order, at most `size` at a time; by default about 2 million values."""
     size = size or chunk_rows(samples.shape)
     for start in range(0, len(samples), size):
         yield samples[start : start + size]

@@ -273,6 +273,22 @@ def test_the_memory_format_does_not_matter(name: str) -> None:
     torch.testing.assert_close(moved, plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [*LARGER, "mlp"])
+def test_networks_train_in_mixed_precision(name: str) -> None:
+    mlp = {"kind": "mlp", "event_shape": [2, 8, 8], "num_classes": 3}
+    net = stirred(build_network(mlp) if name == "mlp" else larger(name, dropout=0.0))
+    x, t, label = randn(3, 2, 8, 8), torch.rand(3), torch.tensor([0, 1, 3])
+    gradients = []
+    for enabled in (False, True):
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = net(x, t, label).float().square().sum()
+        loss.backward()
+        gradients.append(torch.cat([w.grad.flatten() for w in net.parameters()]))
+    # bfloat16 keeps 8 bits: a hundred layers' roundings of 2^-9 add up to some per cent.
+    assert float((gradients[1] - gradients[0]).norm()) < 0.05 * float(gradients[0].norm())
+
+
 @pytest.mark.parametrize("name", LARGER)
 def test_networks_compile_into_one_graph(name: str) -> None:
     net = stirred(larger(name))
@@ -284,19 +300,18 @@ def test_networks_compile_into_one_graph(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGER)
-@pytest.mark.filterwarnings("ignore")
 def test_a_compiled_step_has_the_same_gradient(name: str) -> None:
     net = stirred(larger(name))
     x, t, label = randn(3, 2, 8, 8), torch.rand(3), torch.tensor([0, 1, 3])
     torch._dynamo.reset()
-    compiled = torch.compile(net, fullgraph=True)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     gradients = []
     for called in (net, compiled):
         net.zero_grad()
         called(x, t, label).square().sum().backward()
-        gradients.append([w.grad.clone() for w in net.parameters()])
-    for plain, fused in zip(*gradients, strict=True):
-        torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max()))
+        gradients.append(torch.cat([w.grad.flatten() for w in net.parameters()]))
+    # Some gradients (of a key's bias) are zero but for rounding: compared over all parameters.
+    assert float((gradients[1] - gradients[0]).norm()) < 1e-4 * float(gradients[0].norm())
 
 
 def test_attention_is_softmax_of_scaled_products() -> None:

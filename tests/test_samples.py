@@ -57,6 +57,9 @@ def test_a_store_is_read_like_the_tensor_it_stands_for(tmp_path: Path) -> None:
     assert torch.equal(as_tensor(x.at(index)), whole[index])
     with pytest.raises(IndexError):
         x[torch.tensor([40])]
+    # 8-bit values are looked up; others are computed.
+    computed = StoredSamples(array.astype(np.int32), x.rows, x.scaling)
+    assert torch.equal(as_tensor(computed), whole)
     # The values: raw bytes, each exactly one of 256.
     both = torch.cat([whole, as_tensor(data.test_x)])
     raw = data.scaling.quantise(both).flatten(1)
