@@ -107,8 +107,8 @@ def fit(
     Args:
         score_fn, sde, solver: as for ``sample``; the solver draws no noise.
         steps: number of steps of the grid.
-        pilot: samples to search on, and a third of those to judge on. Where the RMS is ruled by few samples
-            (those that end in another mode), more are worth their cost: 256 in
+        pilot: samples to search on; three times as many more judge. Where the RMS is ruled by few
+            samples (those that end in another mode), more are worth their cost: 256 in
             ``benchmarks/accuracy.py``.
         shape: of one event, ``(D,)`` or ``(C, H, W)``; ``score_fn.event_shape``, which exact
             targets have, where not given.
