@@ -43,7 +43,7 @@ def report(folder: Path) -> str:
     pieces: dict[str, dict[str, Any]] = {
         path.stem: read_json(path) for path in sorted(folder.glob("*.json"))
     }
-    problems = dict.fromkeys(name.rsplit("-", 2)[0] for name in pieces if "float" in name)
+    problems = dict.fromkeys(name.rsplit("-", 2)[0] for name in pieces if name.endswith("-ours"))
     verdicts: list[Verdict] = []
     lines: list[str] = []
     for problem in problems:

@@ -22,7 +22,7 @@ from sde_diffusion.prediction import ScoreFn
 from sde_diffusion.sde import SDE
 from solvers import grids
 from solvers.base import Solver
-from solvers.local_errors import density, equidistributed, solved
+from solvers.local_errors import density, equidistributed, finely, solved
 from solvers.sample import sample
 
 _FORMAT = "sde-diffusion fitted grid, version 1"
@@ -124,18 +124,21 @@ def fit(
     require_count("pilot", pilot)
     require_count("evaluations", evaluations, least=0)
     require_count("fine_steps", fine_steps, least=8)
-    batch = solved(
-        score_fn, sde, ((1 + _JUDGES) * pilot, *_event_shape(score_fn, shape)), seed, fine_steps
-    )
+    event = _event_shape(score_fn, shape)
+    batch = solved(score_fn, sde, (pilot, *event), seed, fine_steps)
     low, high = (float(batch.half_log_snr[place]) for place in (0, -1))
-    searched, judged = slice(0, pilot), slice(pilot, None)
+    judges = range(pilot, (1 + _JUDGES) * pilot)
+    fine = finely(score_fn, sde, (len(judges), *event), seed, fine_steps, judges)
+    searched, judged = (range(pilot), batch.end), (judges, fine.x)
 
     def times_of(curve: NDArray[np.float64]) -> Tensor:
         return _pinned(sde.time(_half_log_snrs(curve, steps, low, high)), sde)
 
-    def error_of(times: Tensor, part: slice) -> float:
-        x = sample(score_fn, sde, solver, x=batch.start[part], grid=times).x
-        error = float((x - batch.end[part]).double().square().mean().sqrt())
+    def error_of(times: Tensor, part: tuple[range, Tensor]) -> float:
+        ids, end = part
+        shape = (len(ids), *event)
+        x = sample(score_fn, sde, solver, shape=shape, seed=seed, sample_ids=ids, grid=times).x
+        error = float((x - end).double().square().mean().sqrt())
         return error if np.isfinite(error) else _WORST
 
     weight = density(batch, solver.order)
