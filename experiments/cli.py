@@ -10,9 +10,11 @@ from typing import Annotated
 import typer
 
 from experiments.compare_command import compare
+from experiments.diff_command import diff
 from experiments.failures import FAILED, OneLineGroup, guarded
 from experiments.interpolate_command import interpolate
 from experiments.likelihood_command import likelihood
+from experiments.merge_command import merge
 from experiments.noise_scales_command import noise_scales
 from experiments.options import (
     OUT_HELP,
@@ -253,6 +255,8 @@ def sample(
 app.command()(likelihood)
 app.command()(interpolate)
 app.command()(restore)
+app.command()(diff)
+app.command()(merge)
 
 
 @app.command()
