@@ -26,6 +26,7 @@ from experiments.options import (
     Seed,
     whole_numbers,
 )
+from experiments.report_command import report
 from experiments.restore_command import restore
 
 app = typer.Typer(
@@ -255,6 +256,7 @@ def sample(
 app.command()(likelihood)
 app.command()(interpolate)
 app.command()(restore)
+app.command()(report)
 app.command()(diff)
 app.command()(merge)
 

@@ -20,6 +20,7 @@ from scipy.stats import t as student
 from experiments.records import OK, Record
 from experiments.runs import Identity, Run, identity
 
+Fact = tuple[Identity, str, str, str]
 RATE = 0.05  # false among those named; 1 - RATE: of the intervals
 ROUNDING = 1e-6  # relative: sums in another order, on another processor
 # What must agree for two figures of one name to mean the same.
@@ -69,7 +70,7 @@ class Differences:
     """
 
     changes: list[Change]
-    facts: list[tuple[Identity, str, str, str]]
+    facts: list[Fact]
     incomparable: list[tuple[Identity, str]]
     only_a: list[Identity]
     only_b: list[Identity]
@@ -96,7 +97,7 @@ def differences(a: Run, b: Run) -> Differences:
     rows_a = {identity(row): row for row in a.rows}
     rows_b = {identity(row): row for row in b.rows}
     changes: list[Change] = []
-    facts: list[tuple[Identity, str, str, str]] = []
+    facts: list[Fact] = []
     incomparable: list[tuple[Identity, str]] = []
     for what in rows_a:
         if what not in rows_b:
@@ -118,13 +119,11 @@ def differences(a: Run, b: Run) -> Differences:
     )
 
 
-def _facts(
-    what: Identity, a: Mapping[str, Any], b: Mapping[str, Any]
-) -> list[tuple[Identity, str, str, str]]:
-    found = []
+def _facts(what: Identity, a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Fact]:
+    found: list[Fact] = []
     status = a.get("status", OK), b.get("status", OK)
     if status[0] != status[1]:
-        found.append((what, "status", *map(str, status)))
+        found.append((what, "status", str(status[0]), str(status[1])))
     elif status[0] == OK:
         for name in ("nfe", "network_passes"):
             # An adaptive solver's evaluations are a mean over samples, and have noise.
@@ -133,7 +132,7 @@ def _facts(
     for name in sorted({*a["settings"], *b["settings"]}):
         values = a["settings"].get(name), b["settings"].get(name)
         if values[0] != values[1]:
-            found.append((what, f"setting {name}", *map(str, values)))
+            found.append((what, f"setting {name}", str(values[0]), str(values[1])))
     return found
 
 
