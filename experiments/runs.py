@@ -72,7 +72,7 @@ def identity(row: Mapping[str, Any]) -> Identity:
         sampler(row),
         count,
         guidance,
-        "" if label is None else f"label {label}",
+        "" if label is None else "all classes" if label == "all" else f"class {label}",
     )
 
 

@@ -6,6 +6,7 @@ Colours are names that the page resolves for light or dark: ``@0`` to ``@6`` are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from experiments.canvas import COLOURS, in_order
 from experiments.metrics import METRICS
 from experiments.reporting.findings import (
+    SDE_TITLES,
     Rows,
     figure,
     interval,
@@ -26,7 +28,6 @@ from experiments.tables import number
 
 MARKERS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x")
 DASHES = ("solid", "dash", "dot")
-SDE_TITLES = {"vp": "VP", "ve": "VE", "subvp": "sub-VP", "cosine": "cosine VP", "edm": "EDM"}
 # Of an error budget (rows with ``error_budget``: part -> estimate), as they are stacked.
 PARTS = {
     "prior": "prior mismatch at T",
@@ -76,13 +77,16 @@ def quality_charts(rows: Rows, cost: str) -> list[Chart]:
             f"{title}: {label} against {_COSTS[cost]}; best {sampler(best)} at "
             f"{best[cost]:.3g}, {number(figure(best, metric))}"
         )
-        lower = sign_of(metric) > 0
+        values = [figure(row, metric) or 0.0 for row in known]
+        logarithmic = sign_of(metric) > 0 and min(values) > 0
+        reached = [y for trace in traces for y in _reach(trace) if y > 0]
         layout = {
             "height": _HEIGHT,
             "xaxis": {"type": "log", "title": {"text": _COSTS[cost]}, **_ticks(known, cost)},
             "yaxis": {
-                "type": "log" if lower and _positive(known, metric) else "linear",
+                "type": "log" if logarithmic else "linear",
                 "title": {"text": label},
+                **(_decades(reached) if logarithmic else {}),
             },
             "showlegend": False,
             "hovermode": "closest",
@@ -200,16 +204,35 @@ def _floor(rows: Rows, metric: str, cost: str) -> list[dict[str, Any]]:
     ]
 
 
+def _reach(trace: Mapping[str, Any]) -> list[float]:
+    """All heights of a trace, bars included."""
+    found = [float(y) for y in trace["y"]]
+    bars = trace.get("error_y")
+    if bars is not None:
+        found += [y + up for y, up in zip(trace["y"], bars["array"], strict=True)]
+        found += [y - down for y, down in zip(trace["y"], bars["arrayminus"], strict=True)]
+    return found
+
+
 def _ticks(rows: Rows, cost: str) -> dict[str, Any]:
     """Evaluations at the numbers that were run, where there is room for them."""
+    values = sorted({float(row[cost]) for row in rows}, reverse=True)
     if cost != "nfe":
-        return {"nticks": 6}
+        return _decades(values)
     shown: list[float] = []
-    for value in sorted({float(row[cost]) for row in rows}, reverse=True):
+    for value in values:
         if not shown or shown[-1] / value > 1.35:
             shown.append(value)
     return {"tickvals": shown, "ticktext": [f"{value:.4g}" for value in shown]}
 
 
-def _positive(rows: Sequence[Mapping[str, Any]], metric: str) -> bool:
-    return all((figure(row, metric) or 0.0) > 0 for row in rows)
+def _decades(values: Sequence[float]) -> dict[str, Any]:
+    """Ticks of a logarithmic axis with whole numbers at them: Plotly's own say 5 for 0.005."""
+    low, high = min(values), max(values)
+    span = math.log10(high / low)
+    steps = (1, 2, 5) if span < 3 else (1,)
+    if span < 0.7:
+        steps = (1, 1.5, 2, 3, 4, 5, 6, 8)
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    ticks = [step * 10.0**k for k in range(first, last + 1) for step in steps]
+    return {"tickvals": ticks, "ticktext": [f"{tick:.4g}" for tick in ticks]}

@@ -14,6 +14,7 @@ from experiments.runs import sampler
 from experiments.tables import number
 
 Rows = Sequence[Mapping[str, Any]]
+SDE_TITLES = {"vp": "VP", "ve": "VE", "subvp": "sub-VP", "cosine": "cosine VP", "edm": "EDM"}
 RESOLVED = 2.0  # standard errors of a difference beyond which it is stated
 
 
@@ -80,7 +81,7 @@ def figure(row: Mapping[str, Any], metric: str) -> float | None:
 
 
 def interval(found: Mapping[str, Any]) -> tuple[float, float] | None:
-    """A figure's interval: ``low`` and ``high`` where the run has them, else two standard errors."""
+    """``low`` and ``high`` where the run has them, else two standard errors to either side."""
     if found.get("low") is not None and found.get("high") is not None:
         return float(found["low"]), float(found["high"])
     if found.get("stderr") is None:
@@ -126,13 +127,15 @@ def _best(rows: Rows, metric: str, law: tuple[str, str, str], budget: int) -> Fi
         target,
         budget,
         metric,
-        f"{_who(top, several)} ({number(found['value'], found.get('stderr'))})",
+        f"{_who(top, several)}, {number(found['value'], found.get('stderr'))}",
         tuple(_who(row, several) for row in ties),
     )
 
 
 def _who(row: Mapping[str, Any], with_sde: bool) -> str:
-    return f"{sampler(row)}, {row['sde']}" if with_sde else sampler(row)
+    return (
+        f"{sampler(row)} ({SDE_TITLES.get(row['sde'], row['sde'])})" if with_sde else sampler(row)
+    )
 
 
 def _apart(a: Mapping[str, Any], b: Mapping[str, Any], metric: str) -> bool:

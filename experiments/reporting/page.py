@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,13 @@ from experiments.records import OK
 from experiments.reporting.charts import (
     DASHES,
     MARKERS,
-    SDE_TITLES,
     Chart,
     budget_charts,
     quality_charts,
     samplers_of,
 )
-from experiments.reporting.findings import Finding, Rows, best_samplers
-from experiments.reporting.pictures import galleries, journey_figure, journeys
+from experiments.reporting.findings import SDE_TITLES, Finding, Rows, best_samplers
+from experiments.reporting.pictures import galleries, journey_figure, journeys, plans_of
 from experiments.results import plain, write_whole
 from experiments.runs import Run, identity, in_words, sampler
 from experiments.tables import number
@@ -64,7 +64,7 @@ def write_report(run: Run, out: str | None = None, *, trajectories: bool = True)
 
     Args:
         out: the file; None: report.html in the run's folder.
-        trajectories: also sample a trajectory for each target, anew.
+        trajectories: also sample a trajectory for each target, and true samples, anew.
 
     Raises:
         ValueError, ImportError: see `check_report`.
@@ -99,7 +99,8 @@ def render(run: Run, *, trajectories: bool = True) -> str:
 def _context(run: Run, trajectories: bool, figures: dict[str, Any]) -> dict[str, Any]:
     results, rows = run.results, run.rows
     names = samplers_of(rows)
-    walked, failures = journeys(run) if trajectories else ([], [])
+    plans, failures = plans_of(run) if trajectories else ([], [])
+    walked, more = journeys(run, plans)
     return {
         "title": f"{results['experiment']}: {', '.join(in_order([r['target'] for r in rows]))}",
         "results": results,
@@ -133,7 +134,7 @@ def _context(run: Run, trajectories: bool, figures: dict[str, Any]) -> dict[str,
                     for panel in gallery.panels
                 ],
             )
-            for gallery in galleries(run)
+            for gallery in galleries(run, plans)
         ],
         "journeys": [
             {
@@ -141,18 +142,11 @@ def _context(run: Run, trajectories: bool, figures: dict[str, Any]) -> dict[str,
                 "moments": journey.moments,
                 "image": journey.images[-1] if journey.images else "",
                 "figure": _kept(journey_figure(journey), figures) if journey.frames else "",
-                "frames": _kept(
-                    {
-                        "moments": journey.moments,
-                        "frames": journey.frames,
-                        "images": journey.images,
-                    },
-                    figures,
-                ),
+                "frames": _kept(asdict(journey), figures),
             }
             for journey in walked
         ],
-        "journey_failures": failures,
+        "journey_failures": [*failures, *more],
         "environment": _facts(results["environment"]),
         "config": json.dumps(results["config"], indent=1, ensure_ascii=False),
     }
@@ -195,7 +189,8 @@ def _table(rows: Rows) -> dict[str, Any]:
     heads += [("NFE", True), ("passes", True), ("seconds", True), ("peak MiB", True)]
     heads += [(METRICS[name].label if name in METRICS else name, True) for name in metrics]
     return {
-        "heads": [*heads, ("status", False)],
+        # A hyphen that does not break: Wasserstein-2 stays on one line.
+        "heads": [(head.replace("-", "\u2011"), n) for head, n in [*heads, ("status", False)]],
         "rows": [
             [
                 _text(row["target"]),

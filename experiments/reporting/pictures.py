@@ -16,8 +16,7 @@ from experiments.compare import CompareOptions, make_plan
 from experiments.judging import block_ids
 from experiments.pictures import tile_images
 from experiments.planning import Plan, PlannedCell
-from experiments.reporting.charts import SDE_TITLES
-from experiments.reporting.findings import Rows, figure, primary_of, sign_of
+from experiments.reporting.findings import SDE_TITLES, Rows, figure, primary_of, sign_of
 from experiments.runs import Run, identity, sampler
 from experiments.spec import spec_of
 from experiments.store import CellStore
@@ -65,8 +64,27 @@ class Journey:
     images: list[str] = field(default_factory=list)
 
 
-def galleries(run: Run) -> list[Gallery]:
-    """The kept samples of all samplers, at about `SHOWN_NFE` evaluations; first repeat."""
+def plans_of(run: Run) -> tuple[list[Plan], list[str]]:
+    """The run's comparisons laid out again on this machine's processor, and what prevents it."""
+    plans, failures = [], []
+    config = run.results.get("config", {})
+    for source in [source["config"] for source in config.get("merged", ())] or [config]:
+        names = set(CompareOptions.__dataclass_fields__)
+        here = {"device": "cpu", "jobs": 1, "scheduler": None, "batch_size": None, "out": "unused"}
+        known = {name: value for name, value in source.items() if name in names}
+        try:
+            plans.append(make_plan(CompareOptions(**{**known, **here})))
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            failures.append(f"What was sampled cannot be made again here: {error}")
+    return plans, failures
+
+
+def galleries(run: Run, plans: Sequence[Plan] = ()) -> list[Gallery]:
+    """The kept samples of all samplers, at about `SHOWN_NFE` evaluations; first repeat.
+
+    Args:
+        plans: the run's; true samples come from them.
+    """
     store = CellStore(run.path)
     rows = run.rows
     budgets = sorted({row["budget"] for row in rows if row.get("budget")})
@@ -82,65 +100,67 @@ def galleries(run: Run) -> list[Gallery]:
             parts = [what[0], SDE_TITLES.get(what[1], what[1]), *what[4:]]
             title = " · ".join(part for part in parts if part)
             groups.setdefault(title, []).append((row, tensors["x"]))
-    return [Gallery(title, _panels(found, rows)) for title, found in groups.items()]
+    return [
+        Gallery(title, _panels(found, rows, _truth(plans, found[0][0])))
+        for title, found in groups.items()
+    ]
 
 
-def journeys(run: Run) -> tuple[list[Journey], list[str]]:
+def journeys(run: Run, plans: Sequence[Plan]) -> tuple[list[Journey], list[str]]:
     """A trajectory for each target, computed anew, and what could not be.
 
     Of the best sampler by the primary metric at about `SHOWN_NFE` evaluations, under its SDE; the
     samples are the first of the run's, since noise depends on seed and id alone.
     """
     found, failures = [], []
-    config = run.results.get("config", {})
-    sources = [source["config"] for source in config.get("merged", ())] or [config]
-    plans: list[Plan] = []
-    for source in sources:
-        try:
-            plans.append(_plan(source))
-        except (ValueError, TypeError, OSError, ImportError) as error:
-            failures.append(f"The run's subjects cannot be made again here: {error}")
     for target in dict.fromkeys(str(row["target"]) for row in run.rows) if plans else ():
         row = _shown_row([row for row in run.rows if row["target"] == target], run.rows)
         planned = None if row is None else _planned(plans, row)
         if row is None or planned is None:
-            failures.append(f"{target}: no sampler of the catalogue with steps of its own grid.")
+            failures.append(f"{target}: no sampler with steps that can be run again.")
             continue
         try:
             found.append(_journey(*planned))
-        except (
-            Exception
-        ) as error:  # a user's model or sampler, whatever it raises: the page says so
+        except Exception as error:  # a user's model or sampler, whatever it raises
             failures.append(f"{target}: {sampler(row)} could not be run again: {error}")
     return found, failures
 
 
-def _panels(found: Sequence[tuple[Mapping[str, Any], Tensor]], rows: Rows) -> list[Panel]:
-    panels = []
+def _truth(plans: Sequence[Plan], row: Mapping[str, Any]) -> Tensor | None:
+    """True samples of a row's law; None where they are not at hand, or would have to be solved."""
+    planned = _planned(plans, row)
+    if planned is None or "finely" in str(row.get("truth")):
+        return None
+    plan, cell = planned
+    try:
+        return plan.judge(cell).true_samples(cell.cell, 0)
+    except Exception:  # a user's data, whatever reading it raises: a page without true samples
+        return None
+
+
+def _panels(
+    found: Sequence[tuple[Mapping[str, Any], Tensor]], rows: Rows, truth: Tensor | None
+) -> list[Panel]:
     # The middle one of all samplers' ranges: one of them may have gone astray.
-    low, high = np.median([_frame(x) for _, x in found], axis=0).tolist()
+    ranges = [_frame(x) for _, x in found] if truth is None else [_frame(truth)]
+    ends = np.median(ranges, axis=0).tolist()
+    panels = [] if truth is None else [_panel("true samples", "", truth, ends, "@0")]
     for row, x in found:
         metric = primary_of(row, rows)
         note = f"{row['nfe']:.4g} evaluations"
         if figure(row, metric) is not None:
             value = row["metrics"][metric]
             note += f", {metric} {number(value['value'], value.get('stderr'))}"
-        if x.ndim > 2:
-            panels.append(Panel(sampler(row), note, image=_png(x, low, high)))
-            continue
-        frame = _points(x)
-        layout = _square([low, high])
-        layout["xaxis"]["title"], layout["yaxis"]["title"] = _axes(x)
-        panels.append(Panel(sampler(row), note, {"data": [_scatter(frame)], "layout": layout}))
+        panels.append(_panel(sampler(row), note, x, ends, "@1"))
     return panels
 
 
-def _plan(config: Mapping[str, Any]) -> Plan:
-    """The comparison laid out again, on this machine's processor."""
-    names = set(CompareOptions.__dataclass_fields__)
-    here = {"device": "cpu", "jobs": 1, "scheduler": None, "batch_size": None, "out": "unused"}
-    known = {name: value for name, value in config.items() if name in names}
-    return make_plan(CompareOptions(**{**known, **here}))
+def _panel(title: str, note: str, x: Tensor, ends: Sequence[float], colour: str) -> Panel:
+    if x.ndim > 2:
+        return Panel(title, note, image=_png(x, ends[0], ends[1]))
+    layout = _square(ends)
+    layout["xaxis"]["title"], layout["yaxis"]["title"] = _axes(x)
+    return Panel(title, note, {"data": [_scatter(_points(x), colour)], "layout": layout})
 
 
 def _shown_row(here: Rows, rows: Rows) -> Mapping[str, Any] | None:
@@ -223,13 +243,13 @@ def _axes(x: Tensor) -> tuple[dict[str, str], dict[str, str]]:
     return {"text": f"x₁ of {size}"}, {"text": f"x₂ of {size}"}
 
 
-def _scatter(frame: Mapping[str, Any]) -> dict[str, Any]:
+def _scatter(frame: Mapping[str, Any], colour: str) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "markers",
         "x": frame["x"],
         "y": frame["y"],
-        "marker": {"color": "@1", "size": 3.5, "opacity": 0.6},
+        "marker": {"color": colour, "size": 3.5, "opacity": 0.6},
         "hoverinfo": "skip",
     }
 
@@ -248,7 +268,7 @@ def journey_figure(journey: Journey) -> dict[str, Any]:
     """The last moment of points."""
     last = journey.frames[-1]
     layout = _square(last["range"]) | {"height": 380}
-    return {"data": [_scatter(last)], "layout": layout}
+    return {"data": [_scatter(last, "@1")], "layout": layout}
 
 
 def _frame(x: Tensor) -> tuple[float, float]:
