@@ -230,7 +230,7 @@ def _decades(values: Sequence[float]) -> dict[str, Any]:
     """Ticks of a logarithmic axis with whole numbers at them: Plotly's own say 5 for 0.005."""
     low, high = min(values), max(values)
     span = math.log10(high / low)
-    steps = (1, 2, 5) if span < 3 else (1,)
+    steps: tuple[float, ...] = (1, 2, 5) if span < 3 else (1,)
     if span < 0.7:
         steps = (1, 1.5, 2, 3, 4, 5, 6, 8)
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
