@@ -271,7 +271,7 @@ def test_the_front_is_what_nothing_beats() -> None:
 
     points = np.random.default_rng(0).uniform(0.1, 1, (60, 2))
     rows = [shown(f"s{i}", float(c), float(v)) for i, (c, v) in enumerate(points)]
-    front = {r["spec"] for r in pareto(rows, "energy", "nfe")}
+    front = {r["spec"] for r in pareto(rows, "energy", lambda r: float(r["nfe"]))}
     beaten = {
         f"s{i}"
         for i, (c, v) in enumerate(points)
@@ -293,3 +293,11 @@ def test_intervals_stay_on_a_logarithmic_axis() -> None:
     ticks = chart.figure["layout"]["yaxis"]["tickvals"]
     assert [float(t) for t in chart.figure["layout"]["yaxis"]["ticktext"]] == pytest.approx(ticks)
     assert math.isclose(chart.figure["data"][0]["y"][0], 0.01)  # the front: no floor in these rows
+
+
+def test_seconds_are_of_as_many_samples_whatever_a_row_has() -> None:
+    few = shown("a", 10, 0.1, samples=500, seconds=0.1)
+    many = shown("b", 10, 0.2, samples=2000, seconds=0.2)
+    traces = quality_charts([few, many], "seconds")[0].figure["data"]
+    spent = {t["name"]: t["x"] for t in traces if t.get("meta") == "sampler"}
+    assert spent == {"a": [pytest.approx(0.2)], "b": [pytest.approx(0.1)]}

@@ -21,6 +21,7 @@ from experiments.reporting.findings import (
     law_of,
     pareto,
     primary_of,
+    seconds_of,
     sign_of,
 )
 from experiments.runs import sampler
@@ -59,14 +60,14 @@ def quality_charts(rows: Rows, cost: str) -> list[Chart]:
     names = samplers_of(rows)
     for (law, sde), here in _panels(rows).items():
         metric = primary_of(here[0], rows)
-        known = [row for row in here if figure(row, metric) is not None and row[cost] > 0]
+        known = [row for row in here if figure(row, metric) is not None and _spent(row, cost) > 0]
         if not known:
             continue
         traces = _floor(known, metric, cost)
-        front = pareto(known, metric, cost)
+        front = pareto(known, metric, lambda row: _spent(row, cost))
         traces.append(_front(front, metric, cost))
         for k, name in enumerate(names):
-            line = sorted((r for r in known if sampler(r) == name), key=lambda r: float(r[cost]))
+            line = sorted((r for r in known if sampler(r) == name), key=lambda r: _spent(r, cost))
             if line:
                 traces.append(_line(line, name, k, metric, cost))
         info = METRICS.get(metric)
@@ -75,7 +76,7 @@ def quality_charts(rows: Rows, cost: str) -> list[Chart]:
         best = front[-1]
         words = (
             f"{title}: {label} against {_COSTS[cost]}; best {sampler(best)} at "
-            f"{best[cost]:.3g}, {number(figure(best, metric))}"
+            f"{_spent(best, cost):.3g}, {number(figure(best, metric))}"
         )
         values = [figure(row, metric) or 0.0 for row in known]
         logarithmic = sign_of(metric) > 0 and min(values) > 0
@@ -127,7 +128,7 @@ def budget_charts(rows: Rows) -> list[Chart]:
     return charts
 
 
-_COSTS = {"nfe": "score evaluations per sample (NFE)", "seconds": "seconds of sampling"}
+_COSTS = {"nfe": "score evaluations per sample (NFE)", "seconds": "seconds per 1,000 samples"}
 Panel = tuple[tuple[str, str, str], str]
 
 
@@ -160,18 +161,22 @@ def _line(line: Rows, name: str, k: int, metric: str, cost: str) -> dict[str, An
         "mode": "lines+markers",
         "name": name,
         "meta": "sampler",
-        "x": [row[cost] for row in line],
+        "x": [_spent(row, cost) for row in line],
         "y": values,
         "error_y": {"type": "data", "array": up, "arrayminus": down, "thickness": 1.2, "width": 3},
         "line": {"color": f"@{k % len(COLOURS)}", "width": 1.6, "dash": DASHES[k // 7 % 3]},
         "marker": {"symbol": MARKERS[k % len(MARKERS)], "size": 7},
         "text": [
             f"{number(value, row['metrics'][metric].get('stderr'))}<br>"
-            f"{row['nfe']:.4g} evaluations, {row['seconds']:.2g} s"
+            f"{row['nfe']:.4g} evaluations, {seconds_of(row):.2g} s"
             for value, row in zip(values, line, strict=True)
         ],
         "hovertemplate": "%{text}<extra>%{fullData.name}</extra>",
     }
+
+
+def _spent(row: Mapping[str, Any], cost: str) -> float:
+    return seconds_of(row) if cost == "seconds" else float(row[cost])
 
 
 def _front(front: Rows, metric: str, cost: str) -> dict[str, Any]:
@@ -179,7 +184,7 @@ def _front(front: Rows, metric: str, cost: str) -> dict[str, Any]:
         "type": "scatter",
         "mode": "lines",
         "name": "Pareto front",
-        "x": [row[cost] for row in front],
+        "x": [_spent(row, cost) for row in front],
         "y": [figure(row, metric) for row in front],
         "line": {"color": "@band", "width": 9, "shape": "hv"},
         "hoverinfo": "skip",
@@ -190,7 +195,7 @@ def _floor(rows: Rows, metric: str, cost: str) -> list[dict[str, Any]]:
     found = (rows[0].get("floor") or {}).get(metric)
     if not found or found.get("value") is None:
         return []
-    ends = [min(row[cost] for row in rows), max(row[cost] for row in rows)]
+    ends = [min(_spent(row, cost) for row in rows), max(_spent(row, cost) for row in rows)]
     return [
         {
             "type": "scatter",
@@ -216,7 +221,7 @@ def _reach(trace: Mapping[str, Any]) -> list[float]:
 
 def _ticks(rows: Rows, cost: str) -> dict[str, Any]:
     """Evaluations at the numbers that were run, where there is room for them."""
-    values = sorted({float(row[cost]) for row in rows}, reverse=True)
+    values = sorted({_spent(row, cost) for row in rows}, reverse=True)
     if cost != "nfe":
         return _decades(values)
     shown: list[float] = []
@@ -232,7 +237,7 @@ def _decades(values: Sequence[float]) -> dict[str, Any]:
     span = math.log10(high / low)
     steps: tuple[float, ...] = (1, 2, 5) if span < 3 else (1,)
     if span < 0.7:
-        steps = (1, 1.5, 2, 3, 4, 5, 6, 8)
+        steps = (1, 1.5, 2, 3, 5, 7)
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     ticks = [step * 10.0**k for k in range(first, last + 1) for step in steps]
-    return {"tickvals": ticks, "ticktext": [f"{tick:.4g}" for tick in ticks]}
+    return {"tickvals": ticks, "ticktext": [f"{tick:.4g}" for tick in ticks], "tickangle": 0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,12 +95,19 @@ def sign_of(metric: str) -> int:
     return 1 if metric not in METRICS or METRICS[metric].lower_is_better else -1
 
 
-def pareto(rows: Rows, metric: str, cost: str) -> list[Mapping[str, Any]]:
+def seconds_of(row: Mapping[str, Any]) -> float:
+    """Seconds of sampling for 1,000 samples: rows may have different numbers of them."""
+    return float(row["seconds"]) * 1000 / (row.get("samples") or 1000)
+
+
+def pareto(
+    rows: Rows, metric: str, cost: Callable[[Mapping[str, Any]], float]
+) -> list[Mapping[str, Any]]:
     """The rows that no other row beats in both quality and cost, cheapest first."""
-    known = [row for row in rows if figure(row, metric) is not None and row[cost] > 0]
+    known = [row for row in rows if figure(row, metric) is not None and cost(row) > 0]
     sign = sign_of(metric)
     front: list[Mapping[str, Any]] = []
-    for row in sorted(known, key=lambda r: (r[cost], sign * (figure(r, metric) or 0.0))):
+    for row in sorted(known, key=lambda r: (cost(r), sign * (figure(r, metric) or 0.0))):
         best = sign * (figure(front[-1], metric) or 0.0) if front else math.inf
         if sign * (figure(row, metric) or 0.0) < best:
             front.append(row)
