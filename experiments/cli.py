@@ -12,6 +12,7 @@ import typer
 from experiments.cli_train import train
 from experiments.compare_command import compare
 from experiments.failures import FAILED, OneLineGroup, guarded
+from experiments.guidance_command import guidance
 from experiments.interpolate_command import interpolate
 from experiments.likelihood_command import likelihood
 from experiments.noise_scales_command import noise_scales
@@ -208,6 +209,7 @@ def sample(
     )
 
 
+app.command()(guidance)
 app.command()(likelihood)
 app.command()(interpolate)
 app.command()(restore)
