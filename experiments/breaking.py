@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +57,7 @@ def breaking_scale(
         ValueError: scales not increasing, or arrays of different sizes.
     """
     require_finite("tolerance", tolerance, above=0.0)
-    if not scales or any(b <= a for a, b in zip(scales, scales[1:], strict=False)):
+    if not scales or any(b <= a for a, b in pairwise(scales)):
         raise ValueError(f"scales must increase, got {list(scales)}")
     sizes = {len(d) for d in distances if d is not None}
     if len(scales) != len(distances) or len(sizes) > 1:

@@ -99,11 +99,11 @@ class ExactGuidanceJudge(GuidanceJudge, ExactJudge):
 class ModelGuidanceJudge(GuidanceJudge, ModelJudge):
     """On a network: real data, and the judge that no guidance sees."""
 
-    fine_steps = 60
+    fine_steps = 50
 
     def __init__(self, subject: ModelSubject, samples: int) -> None:
         super().__init__(subject, samples)
-        self.paired = min(32, samples)
+        self.paired = min(24, samples)
         self._train, self._y = _labelled(subject)
         offset = (self._train - self._train.mean(0)).flatten(1)
         self.deviation = float(offset.square().sum(1).mean().sqrt())

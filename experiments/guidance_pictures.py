@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from experiments.canvas import COLOURS, DASHES, GREY, MARKERS, in_order, picture
 from experiments.compare import Outcome, PlannedCell
@@ -110,6 +110,8 @@ def _figure(path: Path, rows: Sequence[Row], lines: Sequence[LineOf], tolerance:
                 _scales(ax, here)
                 if name in _LOGARITHMIC:
                     ax.set_yscale("log")
+                    ax.yaxis.set_minor_formatter(NullFormatter())
+                    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
                 else:
                     ax.set_ylim(-0.03, 1.03)
             grid[0, j].set_title(f"{column[0]} · {column[1].upper()} · {column[2]}", loc="left")

@@ -70,19 +70,19 @@ def _figures(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     table.title, table.title_justify = Text(title, style="bold"), "left"
     present = [name for name in _COLUMNS if any(name in row["metrics"] for row in rows)]
-    table.add_column("guidance, solver")
+    table.add_column("guidance, solver", no_wrap=True)
     table.add_column("NFE", justify="right")
     for name in present:
-        table.add_column(_COLUMNS[name], justify="right")
+        table.add_column(_COLUMNS[name], justify="right", no_wrap=True)
     floor = rows[0]["floor"]
-    known = [number(**floor[name]) if name in floor else "" for name in present]
+    known = [_short(floor.get(name)) for name in present]
     table.add_row(Text("real data", style="dim"), "", *known)
     for guided in dict.fromkeys(row["guided_by"] for row in rows):
         table.add_section()
         table.add_row(Text(guided, style="bold"))
         for row in (r for r in rows if r["guided_by"] == guided):
             found = row["metrics"]
-            values = [number(**found[name]) if name in found else "" for name in present]
+            values = [_short(found.get(name)) for name in present]
             table.add_row(Text(f"  {row['spec']}"), f"{row['nfe']:.4g}", *values)
     table.caption = Text(
         "variance: within classes, real data is 1; saturated: share of values beyond the data's "
@@ -92,6 +92,10 @@ def _figures(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     )
     table.caption_justify = "left"
     return table
+
+
+def _short(found: Mapping[str, float | None] | None) -> str:
+    return "" if found is None else number(**found).replace(" ± ", "±")
 
 
 def _breaks(lines: Sequence[Line], tolerance: float) -> Table:
