@@ -24,6 +24,7 @@ from experiments.options import (
     Device,
     Grid,
     Seed,
+    numbers,
     whole_numbers,
 )
 from experiments.restore_command import restore
@@ -64,6 +65,10 @@ def steps(
     grid: Annotated[str, typer.Option(help="Times of the steps: log_snr, time, karras, ...")] = (
         "log_snr"
     ),
+    wanted: Annotated[
+        list[str] | None,
+        typer.Option(help="An error to predict the evaluations for, as 1e-3; repeatable."),
+    ] = None,
     out: Annotated[
         str | None, typer.Option(help=OUT_HELP + " Default: runs/steps-…, by the options.")
     ] = None,
@@ -76,6 +81,8 @@ def steps(
     [bold]Examples[/bold]
 
       sde-diffusion steps
+
+      sde-diffusion steps --wanted 1e-2,1e-4
 
       sde-diffusion steps --target moons --sde vp --solver probability_flow --steps 8,16,32,64
     """
@@ -92,6 +99,7 @@ def steps(
             repeats=repeats,
             seed=seed,
             grid=grid,
+            wanted=numbers("--wanted", wanted),
             batch_size=batch_size,
             device=device,
             out=out,
