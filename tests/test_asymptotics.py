@@ -97,7 +97,7 @@ def test_a_prediction_on_ring_comes_true(tmp_path: Path) -> None:
     plan = steps.make_plan(
         replace(options, counts=[8, 16, 32, 64], wanted=[8e-3], out=str(tmp_path))
     )
-    folder, (fitted,) = steps.run(plan, Silent())
+    _, (fitted,) = steps.run(plan, Silent())
     assert fitted.law is not None
     (needed,) = fitted.needed
     assert needed.how == "extrapolated"
