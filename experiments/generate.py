@@ -205,7 +205,7 @@ def _draw(plan: SamplePlan, path: Path, x: Tensor) -> None:
         return
     density = _density(plan)
     truth = None
-    if density is not None and isinstance(subject, ExactSubject):
+    if plan.condition.law != "guided" and isinstance(subject, ExactSubject):
         label = plan.condition.label if plan.condition.law == "conditional" else None
         own = label if isinstance(label, int) else None
         truth, _ = subject.target.sample(600, plan.options.seed, own)

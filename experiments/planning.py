@@ -23,8 +23,11 @@ from solvers import Integrator, ProbabilityFlow, Solver, grids
 
 SOLVERS = ("ancestral", "euler_maruyama", "predictor_corrector", "probability_flow")
 BUDGETS = (10, 20, 50, 100)
-EXACT_SAMPLES, MODEL_SAMPLES = 2000, 100
-_WEIGHTS = {True: 1.0, False: 60.0}  # of one evaluation of one sample, exact or network: progress
+EXACT_SAMPLES, LARGE_SAMPLES, MODEL_SAMPLES = 2000, 400, 100
+_LARGE = 20_000  # numbers in a mixture's means from which its score takes as long as a network
+# Work of one evaluation of one sample, for progress: of a network; of a mixture 1, and so much more
+# for each number in its means (digits, 115,000 numbers: 22 microseconds against half a one).
+_OF_NETWORK, _OF_NUMBER = 60.0, 4e-4
 _WORTH_PROCESSES = 8e6  # such units, some seconds of work, make up for starting processes
 # Options that say how a run is computed, and change no figure.
 _HOW = ("out", "batch_size", "device", "jobs", "scheduler", "cell_timeout", "force")
@@ -157,11 +160,7 @@ def make_plan(options: CompareOptions) -> Plan:
     )
     subjects = make_subjects(sources)
     cells = [planned for subject in subjects for planned in _cells_of(subject, solvers, options)]
-    samples = {
-        subject.name: options.samples
-        or (EXACT_SAMPLES if isinstance(subject, ExactSubject) else MODEL_SAMPLES)
-        for subject in subjects
-    }
+    samples = {subject.name: options.samples or _usual_samples(subject) for subject in subjects}
     config = {name: value for name, value in asdict(options).items() if name not in _HOW}
     out = options.out or default_out("compare", [s.name for s in subjects], config)
     plan = Plan(options, sources, subjects, cells, Pool(), out, samples)
@@ -248,10 +247,22 @@ def _different(solvers: Sequence[Any]) -> list[Any]:
 
 def work_of(plan: Plan, planned: PlannedCell) -> float:
     """Of one repeat."""
-    weight = _WEIGHTS[isinstance(planned.subject, ExactSubject)]
+    weight = _weight(planned.subject)
     return weight * plan.samples[planned.subject.name] * (planned.budget or 100)
 
 
 def task_work(plan: Plan, task: Task) -> float:
-    exact = any(s.name == task.subject and isinstance(s, ExactSubject) for s in plan.subjects)
-    return _WEIGHTS[exact] * task.samples * (task.budget or 100)
+    (subject,) = (s for s in plan.subjects if s.name == task.subject)
+    return _weight(subject) * task.samples * (task.budget or 100)
+
+
+def _weight(subject: Subject) -> float:
+    if not isinstance(subject, ExactSubject):
+        return _OF_NETWORK
+    return 1 + _OF_NUMBER * subject.target.means.numel()
+
+
+def _usual_samples(subject: Subject) -> int:
+    if not isinstance(subject, ExactSubject):
+        return MODEL_SAMPLES
+    return LARGE_SAMPLES if subject.target.means.numel() > _LARGE else EXACT_SAMPLES

@@ -160,7 +160,7 @@ class _Truth:
                 law.score_fn(sde),
                 sde,
                 self.settings.solver,
-                shape=(plan.samples, target.dimension),
+                shape=(plan.samples, *target.event_shape),
                 steps=self.settings.steps,
                 seed=self.settings.seed,
                 denoise=True,

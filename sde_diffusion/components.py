@@ -28,7 +28,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-SMALL = 1024  # numbers in the means, up to which a fixed tile would cost more than it saves
+SMALL = 2048  # numbers in the means, up to which a fixed tile would cost more than it saves
 BUDGET = 2**22  # numbers in the largest tensor of a tile (32 MiB), unless one sample needs more
 TILE, DEVICE_TILE = 32, 256  # rows of a tile, on a CPU (all of it stays in its cache) and elsewhere
 
