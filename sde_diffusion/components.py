@@ -11,7 +11,8 @@ size (B, K, D) is made at once:
   products, ``|x - mu|^2 = |x|^2 - 2 x.mu + |mu|^2``. What cancels there is of order
   ``|x|^2 / C`` ulps; in float64, about the mean of the means, that is 1e-9 at the smallest noise
   levels of the SDEs (sigma = 0.002), where float32 would leave nothing.
-* All else goes element by element in small tiles.
+* Rotated components are seen in their own eigenbases by one product for all of them.
+* Diagonal components at a level for each sample go element by element in small tiles.
 
 A matrix product sums in an order that depends on its shape and on the number of threads. So that a
 sample does not depend on its batch, products and reductions over large mixtures see tiles of one
@@ -28,7 +29,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-SMALL = 2048  # numbers in the means, up to which a fixed tile would cost more than it saves
+SMALL = 1024  # numbers in the means, up to which a fixed tile would cost more than it saves
 BUDGET = 2**22  # numbers in the largest tensor of a tile (32 MiB), unless one sample needs more
 TILE, DEVICE_TILE = 32, 256  # rows of a tile, on a CPU (all of it stays in its cache) and elsewhere
 
@@ -72,13 +73,17 @@ class Components:
         count, dimension = means.shape
         size = means.numel()
         self._small = size <= SMALL
-        self._each = _Elementwise(means, variances, rotation, log_weights, exact_order=self._small)
-        self._at_one_level: _Method = self._each
-        self._at_many_levels: _Method = self._each
+        by_elements = _Elementwise(means, variances, rotation, log_weights)
+        self._at_one_level: _Method = by_elements
+        self._at_many_levels: _Method = by_elements
         few = TILE if means.device.type == "cpu" else DEVICE_TILE
         whole = BUDGET // size if self._small else min(few, BUDGET // size)
         self._rows_at_one = self._rows_at_many = max(1, whole)
-        if self._small or rotation is not None:
+        if self._small:
+            return
+        if rotation is not None:
+            self._at_one_level = _Rotated(means, variances, rotation, log_weights)
+            self._at_many_levels = self._at_one_level
             return
         narrow = max(1, min(few, BUDGET // max(count, dimension)))
         self._rows_at_one = narrow
@@ -136,14 +141,11 @@ class _Elementwise:
         variances: Tensor,
         rotation: Tensor | None,
         log_weights: Tensor,
-        *,
-        exact_order: bool,
     ) -> None:
         self.means = means
         self.variances = variances
         self.rotation = rotation
         self.log_weights = log_weights
-        self.rotate = _rotate if exact_order else _rotate_by_products
 
     def __call__(self, alpha: Tensor, sigma: Tensor) -> Callable[[Tensor], _Parts]:
         if alpha.ndim:
@@ -156,12 +158,12 @@ class _Elementwise:
         def of(x: Tensor) -> _Parts:
             offset = x[:, None, :] - means
             if rotation is not None:
-                offset = self.rotate(offset, rotation)
+                offset = _rotate(offset, rotation)
             pulls = offset / variance
 
             def pull(weights: Tensor) -> Tensor:
                 each = weights[:, :, None] * pulls
-                return (each if rotation is None else self.rotate(each, rotation.mT)).sum(1)
+                return (each if rotation is None else _rotate(each, rotation.mT)).sum(1)
 
             return log_weights - 0.5 * (offset * pulls).sum(-1), pull
 
@@ -232,6 +234,39 @@ class _Diagonal:
         return of
 
 
+class _Rotated:
+    """Components in their eigenbases side by side: ``x`` in all of them is one product."""
+
+    def __init__(
+        self, means: Tensor, variances: Tensor, rotation: Tensor, log_weights: Tensor
+    ) -> None:
+        self.shape = means.shape
+        self.frames = rotation.permute(1, 0, 2).reshape(means.shape[1], -1)  # (D, K D)
+        self.centre = means.mean(0)
+        self.means = torch.einsum("ki,kij->kj", means - self.centre, rotation).reshape(-1)
+        self.variances = variances.reshape(-1)
+        self.log_weights = log_weights
+
+    def __call__(self, alpha: Tensor, sigma: Tensor) -> Callable[[Tensor], _Parts]:
+        if alpha.ndim:
+            alpha, sigma = alpha[:, None], sigma[:, None]
+        variance = alpha**2 * self.variances + sigma**2
+        log_volume = 0.5 * torch.log(2 * math.pi * variance).unflatten(-1, self.shape).sum(-1)
+        base = self.log_weights - log_volume
+
+        def of(x: Tensor) -> _Parts:
+            offset = (x - alpha * self.centre) @ self.frames - alpha * self.means
+            pulls = offset / variance
+
+            def pull(weights: Tensor) -> Tensor:
+                each = weights[:, :, None] * pulls.unflatten(1, self.shape)
+                return each.flatten(1) @ self.frames.mT
+
+            return base - 0.5 * (offset * pulls).unflatten(1, self.shape).sum(-1), pull
+
+        return of
+
+
 def _rotate(offset: Tensor, rotation: Tensor) -> Tensor:
     """``(R, K, D)`` times ``(K, D, D)``, summed in a fixed order: a matrix product's depends on the
     number of rows."""
@@ -239,11 +274,6 @@ def _rotate(offset: Tensor, rotation: Tensor) -> Tensor:
     for j in range(1, rotation.shape[1]):
         total = total + offset[:, :, j : j + 1] * rotation[:, j]
     return total
-
-
-def _rotate_by_products(offset: Tensor, rotation: Tensor) -> Tensor:
-    """The same for tiles of a fixed number of rows."""
-    return torch.bmm(offset.transpose(0, 1), rotation).transpose(0, 1)
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def swiss_roll() -> GaussianMixture:
     middle = (torch.arange(along, dtype=torch.float64) + 0.5) / along * length[-1]
     t = fine[torch.searchsorted(length, middle) + 1]
     cos, sin, zero = t.cos(), t.sin(), torch.zeros_like(t)
-    height = 20 * ((torch.arange(across, dtype=torch.float64) + 0.5) / across - 0.5)
+    height = 12 * ((torch.arange(across, dtype=torch.float64) + 0.5) / across - 0.5)
     means = torch.stack([t * cos, zero, t * sin], 1)[:, None] + torch.stack(
         [torch.zeros_like(height), height, torch.zeros_like(height)], 1
     )
@@ -99,7 +99,7 @@ def swiss_roll() -> GaussianMixture:
     normal = torch.stack([tangent[:, 2], zero, -tangent[:, 0]], 1)
     axis = torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64).expand(along, 3)
     frame = torch.stack([tangent, axis, normal], 2)
-    widths = torch.tensor([0.6 * float(length[-1]) / along, 0.6 * 20 / across, 0.1])
+    widths = torch.tensor([0.6 * float(length[-1]) / along, 0.6 * 12 / across, 0.1])
     covariances = frame @ torch.diag(widths.double() ** 2) @ frame.mT
     return _standardised(
         means.reshape(-1, 3),
