@@ -167,7 +167,7 @@ class _Truth:
                 device=plan.device,
             )
             return Restored(done.x.cpu(), done.nfe, done.network_passes, done.stats["seconds"])
-        y = self.y.repeat(plan.samples, 1).to(plan.device)
+        y = self.y.expand(plan.samples, *self.y.shape[1:]).to(plan.device)
         return restore(
             name,
             target.score_fn(sde),
