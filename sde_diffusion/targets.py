@@ -4,8 +4,8 @@ closed-form.
 Under ``x_t = alpha x_0 + sigma eps`` a mixture stays a mixture,
 ``p_t = sum_k w_k N(alpha mu_k, alpha^2 Sigma_k + sigma^2 I)``. Everything is computed in float64,
 in log-space and in the eigenbasis of each covariance, by operations that treat every sample alike:
-the result for one sample is the same, bit for bit, in whatever batch it stands. Thousands of
-components in thousands of dimensions take bounded memory (`sde_diffusion.components`).
+the result for one sample is the same, bit for bit, in whatever batch it stands. Memory is bounded
+however large the mixture (`sde_diffusion.components`).
 """
 
 from __future__ import annotations
@@ -122,6 +122,8 @@ class GaussianMixture:
         if not bool(says.any()):
             return self
         found = self._conditioned(matrix[says], y[says], noise_std)
+        if not bool(self.variances.any()):  # points stay where they are, and stay spheres
+            found = found._replace(means=self.means, covariances=self.variances)
         # Not below what the constructor takes for positive: a component ruled out stays, so that
         # its class keeps its number.
         weights = torch.softmax(found.log_weights, 0).clamp_min(1e-300)
@@ -168,9 +170,8 @@ class GaussianMixture:
 
     def covariance(self) -> Tensor:
         """Covariance of the mixture, ``(D, D)`` float64."""
-        if self.rotation is None:
-            within = torch.diag(self.weights @ self.variances)
-        else:
+        within = torch.diag(self.weights @ self.variances)
+        if self.rotation is not None:
             within = torch.einsum("k,kij->ij", self.weights, self._full_covariances())
         centred = self.means - self.mean()
         return within + torch.einsum("k,ki,kj->ij", self.weights, centred, centred)

@@ -336,3 +336,17 @@ def test_vectors_are_seen_where_they_vary_most() -> None:
     assert plane.axes[1, 0] > 0.99
     assert plane.axes[3, 1] > 0.99
     assert _Plane.of(x[:, :2]) is None
+
+
+def test_posterior_of_points_weighs_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 1, 2, 2, generator=generator, dtype=torch.float64)
+    matrix = torch.randn(2, 4, generator=generator, dtype=torch.float64)
+    target, y, noise = empirical_mixture(x), matrix @ x[0].flatten() + 0.1, 0.4
+    law = target.posterior(matrix, y, noise)
+    square = (y - target.means @ matrix.mT).square().sum(1)
+    torch.testing.assert_close(law.weights, (-square / (2 * noise**2)).softmax(0))
+    assert torch.equal(law.means, target.means)
+    assert not law.variances.any()
+    assert law.rotation is None
+    assert law.event_shape == (1, 2, 2)
