@@ -50,7 +50,9 @@ app.command()(compare)
 @app.command()
 @guarded
 def steps(
-    target: Annotated[str, typer.Option(help="An exact target.")] = "ring",
+    target: Annotated[
+        str, typer.Option(help="An exact target: a name, empirical:DATA or FILE.toml.")
+    ] = "ring",
     sde: Annotated[list[str] | None, typer.Option(help="Repeatable. Default: vp, ve.")] = None,
     solver: Annotated[
         list[str] | None,

@@ -155,7 +155,7 @@ class ExactJudge(Judge):
             return target.sample(len(ids), seed)[0]
         if condition.law == "conditional":
             labels = condition.class_of(ids, target.num_classes)
-            x = torch.empty(len(ids), target.dimension)
+            x = torch.empty(len(ids), *target.event_shape)
             for label in range(target.num_classes):
                 chosen = torch.eq(labels, label)
                 count = int(chosen.sum())

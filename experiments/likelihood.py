@@ -337,6 +337,8 @@ def _truth(plan: LikelihoodPlan, x: Tensor, ids: Tensor) -> Tensor | None:
     subject, condition = plan.subject, plan.condition
     if not isinstance(subject, ExactSubject):
         return None
+    if not subject.target.has_density:
+        return None
     if condition.law == "whole":
         return subject.target.log_prob(x).cpu()
     if condition.law == "conditional" and isinstance(condition.label, int):
