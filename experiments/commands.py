@@ -12,16 +12,28 @@ from rich.text import Text
 from experiments import compare, generate, steps
 from experiments.certify import orders
 from experiments.certify.report import draw_orders, tables
+from experiments.experiment_file import to_toml, write_experiment
 from experiments.galleries import draw_pictures
 from experiments.plots import error_vs_steps
 from experiments.progress import ProgressBar
 from experiments.tables import comparison_tables, legend, make_console, wrote
 
 
-def run_compare(options: compare.CompareOptions) -> int:
-    """``sde-diffusion compare``; how many rows failed."""
+def run_compare(options: compare.CompareOptions, write_to: str | None = None) -> int:
+    """``sde-diffusion compare``; how many rows failed.
+
+    Args:
+        write_to: only check the options and write them to this experiment file; ``-``: print it.
+    """
     started = time.monotonic()
     plan = compare.make_plan(options)
+    if write_to == "-":
+        make_console().print(to_toml(options), end="", markup=False, soft_wrap=True)
+        return 0
+    if write_to is not None:
+        write_experiment(write_to, options)
+        make_console().print(f"wrote {write_to}")
+        return 0
     with ProgressBar() as bar:
         outcome = compare.run(plan, bar)
         bar.now("pictures")

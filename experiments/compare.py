@@ -19,6 +19,7 @@ from torch import Tensor
 from experiments.cells import Task
 from experiments.draw import one_thread_each
 from experiments.estimates import Estimate, estimate
+from experiments.experiment_file import EXPERIMENT, to_toml
 from experiments.folders import prepare_out
 from experiments.judging import Cell
 from experiments.planning import (
@@ -33,7 +34,7 @@ from experiments.planning import (
 )
 from experiments.pool import Work
 from experiments.records import OK, Record
-from experiments.results import Row, RunFolder
+from experiments.results import Row, RunFolder, write_whole
 from experiments.spec import spec_of
 from experiments.store import CellStore
 from experiments.work import Done
@@ -106,6 +107,7 @@ def run(plan: Plan, progress: Progress) -> Outcome:
     try:
         with folder, one_thread_each():
             folder.write()
+            write_whole(path / EXPERIMENT, to_toml(options))
             _references(plan, store, began)
             tasks = [task for planned in plan.cells for task in plan.tasks(planned)]
             for task, done in _computed(plan, store, tasks, began):

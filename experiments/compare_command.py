@@ -15,6 +15,7 @@ from experiments.options import (
     Device,
     Grid,
     Seed,
+    given_names,
     numbers,
     whole_numbers,
 )
@@ -22,6 +23,15 @@ from experiments.options import (
 
 @guarded
 def compare(
+    context: typer.Context,
+    experiment: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[EXPERIMENT.toml]",
+            help="Options from a file, by the names they have here (targets, solvers, nfe, ...); "
+            "options typed here replace the file's.",
+        ),
+    ] = None,
     target: Annotated[
         list[str] | None,
         typer.Option(help="An exact target's name, or digits; repeatable. Default: ring, digits."),
@@ -88,6 +98,10 @@ def compare(
     force: Annotated[
         bool, typer.Option("--force", help="Compute again what the folder already holds.")
     ] = False,
+    write_experiment: Annotated[
+        str | None,
+        typer.Option(help="Write these options as an experiment file (-: print it), and end."),
+    ] = None,
 ) -> None:
     """Compare solvers × SDEs × evaluations × guidance, at equal numbers of evaluations.
 
@@ -106,11 +120,14 @@ def compare(
       sde-diffusion compare --target ring --guidance cfg --guidance classifier --scale 1,3 --label 2
 
       sde-diffusion compare --model runs/mine --data faces/ --nfe 20,50
+
+      sde-diffusion compare examples/compare.toml --seed 1
     """
     from experiments.commands import run_compare
     from experiments.compare import BUDGETS, SOLVERS, CompareOptions
+    from experiments.experiment_file import combined, naming_keys
 
-    failed = run_compare(
+    options, sources = combined(
         CompareOptions(
             targets=target or (),
             models=model or (),
@@ -133,7 +150,11 @@ def compare(
             scheduler=scheduler,
             cell_timeout=cell_timeout,
             force=force,
-        )
+        ),
+        experiment,
+        given_names(context),
     )
+    with naming_keys(sources):
+        failed = run_compare(options, write_experiment)
     if failed:
         raise typer.Exit(PARTLY)

@@ -56,3 +56,9 @@ def numbers(option: str, texts: list[str] | None) -> list[float]:
 
 def parts(texts: list[str] | None) -> list[str]:
     return [part.strip() for text in texts or [] for part in text.split(",")]
+
+
+def given_names(context: typer.Context) -> set[str]:
+    """The options that were typed, by the names of their parameters."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
