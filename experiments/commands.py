@@ -17,15 +17,19 @@ from experiments.galleries import draw_pictures
 from experiments.plots import error_vs_steps
 from experiments.progress import ProgressBar
 from experiments.tables import comparison_tables, legend, make_console, wrote
+from experiments.timing import Timing
 
 
-def run_compare(options: compare.CompareOptions, write_to: str | None = None) -> int:
+def run_compare(
+    options: compare.CompareOptions, write_to: str | None = None, timing: Timing | None = None
+) -> int:
     """``sde-diffusion compare``; how many rows failed.
 
     Args:
+        timing: begun where the command began.
         write_to: only check the options and write them to this experiment file; ``-``: print it.
     """
-    started = time.monotonic()
+    timing = timing or Timing()
     plan = compare.make_plan(options)
     if write_to == "-":
         make_console().print(to_toml(options), end="", markup=False, soft_wrap=True)
@@ -35,9 +39,11 @@ def run_compare(options: compare.CompareOptions, write_to: str | None = None) ->
         make_console().print(f"wrote {write_to}")
         return 0
     with ProgressBar() as bar:
-        outcome = compare.run(plan, bar)
+        outcome = compare.run(plan, bar, timing)
         bar.now("pictures")
         paths = draw_pictures(outcome)
+    outcome.folder.timing = timing.as_dict()
+    outcome.folder.write()
     console = make_console()
     for table in comparison_tables(outcome.folder.rows):
         console.print(table)
@@ -46,7 +52,7 @@ def run_compare(options: compare.CompareOptions, write_to: str | None = None) ->
         where = f"{row['target']} · {row['sde']} · {row['spec']} · {row['budget'] or 'own steps'}"
         console.print(Text.assemble((f"{row['status']}: ", "red"), f"{where}: {row['error']}"))
     files = ["results.json", "cells.parquet", *(p.name for p in paths)]
-    wrote(console, outcome.folder.path, files, started)
+    wrote(console, outcome.folder.path, files, timing.started)
     return len(outcome.failed)
 
 

@@ -34,9 +34,10 @@ from experiments.planning import (
 )
 from experiments.pool import Work
 from experiments.records import OK, Record
-from experiments.results import Row, RunFolder, write_whole
+from experiments.results import Row, RunFolder, WriteError, naming, write_whole
 from experiments.spec import spec_of
 from experiments.store import CellStore
+from experiments.timing import Timing
 from experiments.work import Done
 from solvers.catalogue import name_of, settings_of
 
@@ -81,14 +82,20 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C; the message says where and what is kept."""
 
 
-def run(plan: Plan, progress: Progress) -> Outcome:
+def run(plan: Plan, progress: Progress, timing: Timing | None = None) -> Outcome:
     """Compute the cells that the folder does not hold; each is on disk as soon as it is finished.
 
     A cell whose sampler fails says so, and the others go on.
 
+    Args:
+        timing: begun by a caller who counts what comes before and after.
+
     Raises:
         Interrupted: Ctrl-C.
+        WriteError: a full disk; the finished cells are kept.
     """
+    timing = timing or Timing()
+    timing.processes = None if plan.pool.scheduler else plan.pool.jobs
     options = plan.options
     path = prepare_out(plan.out, pictures=PICTURES)
     config = {**asdict(options), "jobs": plan.pool.jobs, "sizes": plan.samples}
@@ -107,15 +114,22 @@ def run(plan: Plan, progress: Progress) -> Outcome:
     try:
         with folder, one_thread_each():
             folder.write()
-            write_whole(path / EXPERIMENT, to_toml(options))
-            _references(plan, store, began)
+            with naming(path / EXPERIMENT):
+                write_whole(path / EXPERIMENT, to_toml(options))
+            _references(plan, store, began, timing)
             tasks = [task for planned in plan.cells for task in plan.tasks(planned)]
-            for task, done in _computed(plan, store, tasks, began):
+            for task, done in _computed(plan, store, tasks, began, timing):
                 progress.now(str(task))
                 progress.done(task_work(plan, task))
                 rows.add(done)
             rows.write()
             store.write_table(rows.records())
+            folder.timing = timing.as_dict()
+    except WriteError as error:
+        raise WriteError(
+            f"{error}; {len(rows.records())} cells are finished, and stored in {folder.path}: make "
+            "room there, and the same command goes on"
+        ) from error
     except KeyboardInterrupt:
         rows.write()
         raise Interrupted(
@@ -125,7 +139,9 @@ def run(plan: Plan, progress: Progress) -> Outcome:
     return outcome
 
 
-def _references(plan: Plan, store: CellStore, began: Callable[[Task], None]) -> None:
+def _references(
+    plan: Plan, store: CellStore, began: Callable[[Task], None], timing: Timing
+) -> None:
     """Floors and fine solutions, which many cells share, before the cells."""
     tasks: dict[str, Task] = {}
     for planned in plan.cells:
@@ -133,12 +149,16 @@ def _references(plan: Plan, store: CellStore, began: Callable[[Task], None]) -> 
             for task in (plan.floor_task(planned, repeat), plan.fine_task(planned, repeat)):
                 if task is not None:
                     tasks.setdefault(task.key, task)
-    for _ in _computed(plan, store, list(tasks.values()), began):
+    for _ in _computed(plan, store, list(tasks.values()), began, timing):
         pass
 
 
 def _computed(
-    plan: Plan, store: CellStore, tasks: Sequence[Task], began: Callable[[Task], None]
+    plan: Plan,
+    store: CellStore,
+    tasks: Sequence[Task],
+    began: Callable[[Task], None],
+    timing: Timing,
 ) -> Iterator[tuple[Task, Done]]:
     """The cells, those that the folder holds first."""
     missing: list[Work] = []
@@ -151,6 +171,7 @@ def _computed(
         else:
             yield task, Done(record, {})
     for task, done in plan.pool.run(missing, began):
+        timing.add(done.record)
         store.put(*done)
         yield task, done
 

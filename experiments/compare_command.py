@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 
 import typer
@@ -123,9 +124,11 @@ def compare(
 
       sde-diffusion compare examples/compare.toml --seed 1
     """
+    started = time.monotonic()  # what follows imports torch and all
     from experiments.commands import run_compare
     from experiments.compare import BUDGETS, SOLVERS, CompareOptions
     from experiments.experiment_file import combined, naming_keys
+    from experiments.timing import Timing
 
     options, sources = combined(
         CompareOptions(
@@ -155,6 +158,6 @@ def compare(
         given_names(context),
     )
     with naming_keys(sources):
-        failed = run_compare(options, write_experiment)
+        failed = run_compare(options, write_experiment, Timing(started=started))
     if failed:
         raise typer.Exit(PARTLY)
