@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from experiments import compare, generate, steps
+from experiments import compare, generate, generate_shards, steps
 from experiments.certify import orders
 from experiments.certify.report import draw_orders, tables
 from experiments.experiment_file import to_toml, write_experiment
@@ -100,6 +100,10 @@ def run_orders(options: orders.OrdersOptions) -> bool:
 def run_sample(options: generate.SampleOptions) -> None:
     """``sde-diffusion sample``."""
     started = time.monotonic()
+    process = generate_shards.launched()
+    if generate_shards.is_sharded(options, process):
+        _run_shards(options, process, started)
+        return
     plan = generate.make_plan(options)
     with ProgressBar() as bar:
         written = generate.run(plan, bar)
@@ -110,6 +114,24 @@ def run_sample(options: generate.SampleOptions) -> None:
         f"({drawn.network_passes:g} network passes), {drawn.seconds:.2g} s of sampling"
     )
     wrote(console, written.folder, list(written.files), started)
+
+
+def _run_shards(
+    options: generate.SampleOptions, process: generate_shards.Process, started: float
+) -> None:
+    """This process's part of a large set; the first process says how far it is."""
+    plan = generate_shards.make_shard_plan(options, process)
+    with ProgressBar(shown=process.rank == 0) as bar:
+        written = generate_shards.run_shards(plan, process, bar)
+    console = make_console()
+    who = f"process {process.rank} of {process.world}: " if process.world > 1 else ""
+    console.print(
+        f"{who}{written.drawn} shards drawn, {written.found} found finished, "
+        f"{written.seconds:.2g} s of sampling"
+    )
+    if written.finished:
+        files = ["manifest.json", "samples.png", f"shards/ ({options.count:,} samples)"]
+        wrote(console, written.folder, files, started)
 
 
 def _slope_table(target: str, grid: str, fitted: list[steps.Fitted]) -> Table:
