@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from experiments import compare, generate, generate_shards, steps
-from experiments.certify import orders
-from experiments.certify.report import draw_orders, tables
+from experiments.costs import throughput_table
 from experiments.experiment_file import to_toml, write_experiment
 from experiments.galleries import draw_pictures
 from experiments.plots import error_vs_steps
 from experiments.progress import ProgressBar
 from experiments.tables import comparison_tables, legend, make_console, wrote
 from experiments.timing import Timing
+
+if TYPE_CHECKING:  # imported where it is used: half a second that no other command needs
+    from experiments.certify import orders
 
 
 def run_compare(
@@ -48,6 +51,8 @@ def run_compare(
     for table in comparison_tables(outcome.folder.rows):
         console.print(table)
     console.print(legend(outcome.folder.rows), style="dim")
+    if (costs := throughput_table(outcome.folder.rows)) is not None:
+        console.print(costs)
     for row in outcome.failed:
         where = f"{row['target']} · {row['sde']} · {row['spec']} · {row['budget'] or 'own steps'}"
         console.print(Text.assemble((f"{row['status']}: ", "red"), f"{where}: {row['error']}"))
@@ -71,6 +76,9 @@ def run_steps(options: steps.StepsOptions) -> None:
 
 def run_orders(options: orders.OrdersOptions) -> bool:
     """``sde-diffusion orders``; whether every solver passed that is not a peer."""
+    from experiments.certify import orders
+    from experiments.certify.report import draw_orders, tables
+
     started = time.monotonic()
     plan = orders.make_plan(options)
     logging.getLogger("diffusers").setLevel(logging.ERROR)  # it comments on settings in every run

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from experiments.cells import Task
+from experiments.costs import Costs
 from experiments.draw import one_thread_each
 from experiments.estimates import Estimate, estimate
 from experiments.experiment_file import EXPERIMENT, to_toml
@@ -122,6 +123,9 @@ def run(plan: Plan, progress: Progress, timing: Timing | None = None) -> Outcome
                 progress.now(str(task))
                 progress.done(task_work(plan, task))
                 rows.add(done)
+            if options.throughput:
+                costs = Costs(path, options.device, plan.pool.workers, force=options.force)
+                rows.measure(costs, progress)
             rows.write()
             store.write_table(rows.records())
             folder.timing = timing.as_dict()
@@ -215,6 +219,15 @@ class _Rows:
         self._outcome.finished = [plan.cells[i] for i in order]
         self._outcome.folder.replace([self._rows[i] for i in order])
         self._written = time.monotonic()
+
+    def measure(self, costs: Costs, progress: Progress) -> None:
+        """Add to the rows what a sample costs, one after the other, nothing else at work."""
+        plan = self._outcome.plan
+        for i, row in sorted(self._rows.items()):
+            if row.extra["status"] == OK:
+                progress.now(f"throughput of {plan.cells[i]}")
+                found = costs.of(plan.tasks(plan.cells[i])[0])
+                self._rows[i] = replace(row, extra={**row.extra, "throughput": found})
 
     def records(self) -> list[Record]:
         """The records of the rows that are whole, row after row."""

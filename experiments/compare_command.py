@@ -99,6 +99,12 @@ def compare(
     force: Annotated[
         bool, typer.Option("--force", help="Compute again what the folder already holds.")
     ] = False,
+    throughput: Annotated[
+        bool,
+        typer.Option(
+            "--throughput", help="Also seconds per sample at the best batch size, measured after."
+        ),
+    ] = False,
     write_experiment: Annotated[
         str | None,
         typer.Option(help="Write these options as an experiment file (-: print it), and end."),
@@ -153,6 +159,7 @@ def compare(
             scheduler=scheduler,
             cell_timeout=cell_timeout,
             force=force,
+            throughput=throughput,
         ),
         experiment,
         given_names(context),

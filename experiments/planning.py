@@ -27,7 +27,10 @@ EXACT_SAMPLES, MODEL_SAMPLES = 2000, 100
 _WEIGHTS = {True: 1.0, False: 60.0}  # of one evaluation of one sample, exact or network: progress
 _WORTH_PROCESSES = 8e6  # such units, some seconds of work, make up for starting processes
 # Options that say how a run is computed, and change no figure.
-_HOW = ("out", "batch_size", "device", "jobs", "scheduler", "cell_timeout", "force")
+_HOW = (
+    *("out", "batch_size", "device", "jobs", "scheduler", "cell_timeout", "force"),
+    "throughput",
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class CompareOptions:
     scheduler: str | None = None
     cell_timeout: float | None = None
     force: bool = False
+    throughput: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,11 @@ def _check_numbers(options: CompareOptions) -> None:
         require_count("--batch-size", options.batch_size)
     if options.jobs is not None:
         require_count("--jobs", options.jobs)
+    if options.throughput and options.scheduler is not None:
+        raise ValueError(
+            f"--throughput measures this machine, and --scheduler {options.scheduler} samples on "
+            "others; leave one of them out"
+        )
     if options.cell_timeout is not None:
         require_finite("--cell-timeout", options.cell_timeout, above=0.0)
 

@@ -166,6 +166,11 @@ def _drawn(
     )
 
 
+def draw_task(task: Task, machine: Machine, ids: Tensor) -> Drawn:
+    """Samples of a cell's sampler, with any ids, not judged."""
+    return _drawn(task, machine, ids, task.solver, task.steps)
+
+
 def _costs(drawn: Drawn) -> dict[str, Any]:
     return {
         "nfe": drawn.nfe,
