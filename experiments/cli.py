@@ -11,9 +11,11 @@ import typer
 
 from experiments.cli_train import train
 from experiments.compare_command import compare
+from experiments.diff_command import diff
 from experiments.failures import FAILED, OneLineGroup, guarded
 from experiments.interpolate_command import interpolate
 from experiments.likelihood_command import likelihood
+from experiments.merge_command import merge
 from experiments.noise_scales_command import noise_scales
 from experiments.options import (
     OUT_HELP,
@@ -25,6 +27,7 @@ from experiments.options import (
     Seed,
     whole_numbers,
 )
+from experiments.report_command import report
 from experiments.restore_command import restore
 
 app = typer.Typer(
@@ -229,6 +232,9 @@ def sample(
 app.command()(likelihood)
 app.command()(interpolate)
 app.command()(restore)
+app.command()(report)
+app.command()(diff)
+app.command()(merge)
 
 
 @app.command()

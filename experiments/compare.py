@@ -44,7 +44,7 @@ from solvers.catalogue import name_of, settings_of
 
 __all__ = ["BUDGETS", "SOLVERS", "CompareOptions", "Outcome", "make_plan", "run"]
 
-PICTURES = ("quality_vs_nfe.png", "quality_vs_seconds.png", "samples.png")
+PICTURES = ("quality_vs_nfe.png", "quality_vs_seconds.png", "samples.png", "report.html")
 _REWRITE = 1.0  # seconds between two writes of results.json
 
 
