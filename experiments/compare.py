@@ -83,7 +83,12 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C; the message says where and what is kept."""
 
 
-def run(plan: Plan, progress: Progress, timing: Timing | None = None) -> Outcome:
+def run(
+    plan: Plan,
+    progress: Progress,
+    timing: Timing | None = None,
+    more_pictures: Sequence[str] = (),
+) -> Outcome:
     """Compute the cells that the folder does not hold; each is on disk as soon as it is finished.
 
     A cell whose sampler fails says so, and the others go on.
@@ -98,9 +103,9 @@ def run(plan: Plan, progress: Progress, timing: Timing | None = None) -> Outcome
     timing = timing or Timing()
     timing.processes = None if plan.pool.scheduler else plan.pool.jobs
     options = plan.options
-    path = prepare_out(plan.out, pictures=PICTURES)
+    path = prepare_out(plan.out, pictures=(*PICTURES, *more_pictures))
     config = {**asdict(options), "jobs": plan.pool.jobs, "sizes": plan.samples}
-    folder = RunFolder(path, "compare", config, device=options.device)
+    folder = RunFolder(path, plan.experiment, config, device=options.device)
     store = CellStore(path)
     outcome = Outcome(plan, folder, store)
     rows = _Rows(outcome)
@@ -115,8 +120,9 @@ def run(plan: Plan, progress: Progress, timing: Timing | None = None) -> Outcome
     try:
         with folder, one_thread_each():
             folder.write()
-            with naming(path / EXPERIMENT):
-                write_whole(path / EXPERIMENT, to_toml(options))
+            if plan.experiment == "compare":
+                with naming(path / EXPERIMENT):
+                    write_whole(path / EXPERIMENT, to_toml(options))
             _references(plan, store, began, timing)
             tasks = [task for planned in plan.cells for task in plan.tasks(planned)]
             for task, done in _computed(plan, store, tasks, began, timing):
@@ -289,6 +295,7 @@ def make_row(
             "label": cell.condition.label,
             "guided_by": cell.condition.guided_by,
             "classes": cell.condition.classes,
+            "interval": cell.condition.interval,
             "primary": judge.primary,
             "truth": judge.truth(cell),
             "floor": {name: e._asdict() for name, e in floor.items()},

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from experiments.budget import measured_nfe, steps_for_budget
-from experiments.cells import Kind, Task, cell_key
-from experiments.conditions import make_conditions
+from experiments.cells import Judging, Kind, Task, cell_key
+from experiments.conditions import Condition, make_conditions
 from experiments.draw import make_machine
 from experiments.folders import default_out
 from experiments.judging import Cell, Judge
@@ -27,7 +27,7 @@ EXACT_SAMPLES, MODEL_SAMPLES = 2000, 100
 _WEIGHTS = {True: 1.0, False: 60.0}  # of one evaluation of one sample, exact or network: progress
 _WORTH_PROCESSES = 8e6  # such units, some seconds of work, make up for starting processes
 # Options that say how a run is computed, and change no figure.
-_HOW = (
+HOW = (
     *("out", "batch_size", "device", "jobs", "scheduler", "cell_timeout", "force"),
     "throughput",
 )
@@ -90,6 +90,8 @@ class Plan:
     pool: Pool
     out: str
     samples: dict[str, int]
+    judging: Judging = "distance"
+    experiment: str = "compare"
 
     def tasks(self, planned: PlannedCell) -> list[Task]:
         """The repeats of a cell."""
@@ -123,6 +125,8 @@ class Plan:
             "samples": self.samples[subject.name],
         }
         device = torch.device(options.device).type
+        if self.judging != "distance":
+            more["judging"] = self.judging
         # The floor of a law is the same whatever sampled it.
         solver = ProbabilityFlow("rk4") if kind == "floor" else cell.solver
         key = cell_key(
@@ -139,6 +143,7 @@ class Plan:
             device=options.device,
             batch_size=options.batch_size,
             seconds=options.cell_timeout,
+            judging=self.judging,
             **numbers,
         )
 
@@ -150,30 +155,40 @@ def make_plan(options: CompareOptions) -> Plan:
         ValueError, TypeError: whatever is wrong with the options, before any work.
     """
     targets = options.targets or (() if options.models else ("ring", "digits"))
-    solvers = _different([parse_solver(text) for text in options.solvers])
+    solvers = different([parse_solver(text) for text in options.solvers])
     if not solvers or not options.budgets:
         raise ValueError("--solver and --nfe need at least one value each")
-    _check_numbers(options)
+    check_numbers(options)
     make_conditions(options.guidances, options.scales, options.label)
     workers = make_machine(options.device, options.batch_size).workers
     sources = SubjectOptions(
         tuple(targets), tuple(options.models), tuple(options.sdes), options.data
     )
     subjects = make_subjects(sources)
-    cells = [planned for subject in subjects for planned in _cells_of(subject, solvers, options)]
-    samples = {
-        subject.name: options.samples
-        or (EXACT_SAMPLES if isinstance(subject, ExactSubject) else MODEL_SAMPLES)
+    cells = [
+        planned
         for subject in subjects
-    }
-    config = {name: value for name, value in asdict(options).items() if name not in _HOW}
+        for planned in cells_of(subject, _conditions(subject, options), solvers, options)
+    ]
+    samples = {subject.name: options.samples or samples_of(subject) for subject in subjects}
+    config = {name: value for name, value in asdict(options).items() if name not in HOW}
     out = options.out or default_out("compare", [s.name for s in subjects], config)
     plan = Plan(options, sources, subjects, cells, Pool(), out, samples)
-    plan.pool = Pool(_jobs(plan), workers, options.scheduler)
+    plan.pool = Pool(jobs_of(plan), workers, options.scheduler)
     return plan
 
 
-def _check_numbers(options: CompareOptions) -> None:
+def _conditions(subject: Subject, options: CompareOptions) -> list[Condition]:
+    return make_conditions(options.guidances, options.scales, options.label, subject.unguided)
+
+
+def samples_of(subject: Subject) -> int:
+    """Samples in a repeat where none are asked for."""
+    return EXACT_SAMPLES if isinstance(subject, ExactSubject) else MODEL_SAMPLES
+
+
+def check_numbers(options: CompareOptions) -> None:
+    """Raise ValueError for a number that is out of its range."""
     for budget in options.budgets:
         require_count("--nfe", budget)
     require_count("--seed", options.seed, least=0)
@@ -193,14 +208,20 @@ def _check_numbers(options: CompareOptions) -> None:
         require_finite("--cell-timeout", options.cell_timeout, above=0.0)
 
 
-def _cells_of(
-    subject: Subject, solvers: Sequence[Solver | Integrator], options: CompareOptions
+def cells_of(
+    subject: Subject,
+    conditions: Sequence[Condition],
+    solvers: Sequence[Solver | Integrator],
+    options: CompareOptions,
 ) -> Iterator[PlannedCell]:
+    """Every condition × SDE × solver × number of evaluations.
+
+    Raises:
+        ValueError: a condition that the subject cannot have, a budget too small for a solver.
+    """
     budgets = sorted(set(options.budgets))
     steps = {(s, b): steps_within(s, b, options.denoise) for s in solvers for b in budgets}
-    for condition in make_conditions(
-        options.guidances, options.scales, options.label, subject.unguided
-    ):
+    for condition in conditions:
         subject.check(condition)
         for sde, process in subject.sdes.items():
             if options.grid is not None:
@@ -214,7 +235,7 @@ def _cells_of(
                     yield PlannedCell(subject, cell, budget, steps[solver, budget])
 
 
-def _jobs(plan: Plan) -> int:
+def jobs_of(plan: Plan) -> int:
     """As many processes as cores, where there is enough to do for them."""
     options = plan.options
     if options.jobs is not None:
@@ -247,7 +268,8 @@ def steps_within(solver: Solver | Integrator, budget: int, denoise: bool) -> int
         ) from None
 
 
-def _different(solvers: Sequence[Any]) -> list[Any]:
+def different(solvers: Sequence[Any]) -> list[Any]:
+    """Without repetitions."""
     found: list[Any] = []
     for solver in solvers:
         if solver not in found:
