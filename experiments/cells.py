@@ -92,7 +92,7 @@ def cell_key(
         "condition": condition.identity(),
         "solver": name_of(type(solver)),
         "settings": settings_of(solver),
-        "source": _source_digest(type(solver)),
+        "source": source_digest(type(solver)),
         **numbers,
     }
     return digest(identity)[:20]
@@ -104,7 +104,7 @@ def digest(value: Any) -> str:
 
 
 @functools.cache
-def _source_digest(kind: type) -> str:
+def source_digest(kind: type) -> str:
     """Of the file a solver is written in: an edited solver is another one."""
     try:
         text = inspect.getsource(inspect.getmodule(kind) or kind)

@@ -185,17 +185,33 @@ def sample(
     trajectory: Annotated[
         bool, typer.Option("--trajectory", help="Also a strip of the denoising steps.")
     ] = False,
+    shard_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Samples in a file of a large set. Default: 1000, beyond 10,000 samples."
+        ),
+    ] = None,
+    array_format: Annotated[
+        str | None,
+        typer.Option("--format", help="Of a large set's files: npy (the default) or safetensors."),
+    ] = None,
     out: Annotated[
         str | None, typer.Option(help=OUT_HELP + " Default: runs/sample-…, by the options.")
     ] = None,
 ) -> None:
     """Draw samples and write them: samples.npy in the data's own range, samples.png, manifest.json.
 
+    More than 10,000 samples, or several processes, write shards/ instead: files of 1,000, each
+    finished or not there. The same command goes on where it was stopped, and with a larger -n adds
+    to the set.
+
     [bold]Examples[/bold]
 
       sde-diffusion sample -n 100 --guidance cfg --scale 2 --label all
 
       sde-diffusion sample --model runs/mine --nfe 20 --trajectory --out runs/pictures
+
+      torchrun --nproc-per-node 2 -m experiments sample --model runs/mine -n 50000 --out runs/many
     """
     from experiments.commands import run_sample
     from experiments.generate import SampleOptions
@@ -218,6 +234,8 @@ def sample(
             denoise=denoise,
             trajectory=trajectory,
             out=out,
+            shard_size=shard_size,
+            array_format=array_format,
         )
     )
 

@@ -6,38 +6,61 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from experiments import compare, generate, steps
+from experiments import compare, generate, generate_shards, steps
 from experiments.asymptotics import Needed
-from experiments.certify import orders
-from experiments.certify.report import draw_orders, tables
+from experiments.costs import throughput_table
+from experiments.experiment_file import to_toml, write_experiment
 from experiments.galleries import draw_pictures
 from experiments.plots import error_vs_steps
 from experiments.progress import ProgressBar
 from experiments.tables import comparison_tables, legend, make_console, wrote
+from experiments.timing import Timing
+
+if TYPE_CHECKING:  # imported where it is used: half a second that no other command needs
+    from experiments.certify import orders
 
 
-def run_compare(options: compare.CompareOptions) -> int:
-    """``sde-diffusion compare``; how many rows failed."""
-    started = time.monotonic()
+def run_compare(
+    options: compare.CompareOptions, write_to: str | None = None, timing: Timing | None = None
+) -> int:
+    """``sde-diffusion compare``; how many rows failed.
+
+    Args:
+        timing: begun where the command began.
+        write_to: only check the options and write them to this experiment file; ``-``: print it.
+    """
+    timing = timing or Timing()
     plan = compare.make_plan(options)
+    if write_to == "-":
+        make_console().print(to_toml(options), end="", markup=False, soft_wrap=True)
+        return 0
+    if write_to is not None:
+        write_experiment(write_to, options)
+        make_console().print(f"wrote {write_to}")
+        return 0
     with ProgressBar() as bar:
-        outcome = compare.run(plan, bar)
+        outcome = compare.run(plan, bar, timing)
         bar.now("pictures")
         paths = draw_pictures(outcome)
+    outcome.folder.timing = timing.as_dict()
+    outcome.folder.write()
     console = make_console()
     for table in comparison_tables(outcome.folder.rows):
         console.print(table)
     console.print(legend(outcome.folder.rows), style="dim")
+    if (costs := throughput_table(outcome.folder.rows)) is not None:
+        console.print(costs)
     for row in outcome.failed:
         where = f"{row['target']} · {row['sde']} · {row['spec']} · {row['budget'] or 'own steps'}"
         console.print(Text.assemble((f"{row['status']}: ", "red"), f"{where}: {row['error']}"))
     files = ["results.json", "cells.parquet", *(p.name for p in paths)]
-    wrote(console, outcome.folder.path, files, started)
+    wrote(console, outcome.folder.path, files, timing.started)
     return len(outcome.failed)
 
 
@@ -57,6 +80,9 @@ def run_steps(options: steps.StepsOptions) -> None:
 
 def run_orders(options: orders.OrdersOptions) -> bool:
     """``sde-diffusion orders``; whether every solver passed that is not a peer."""
+    from experiments.certify import orders
+    from experiments.certify.report import draw_orders, tables
+
     started = time.monotonic()
     plan = orders.make_plan(options)
     logging.getLogger("diffusers").setLevel(logging.ERROR)  # it comments on settings in every run
@@ -86,6 +112,10 @@ def run_orders(options: orders.OrdersOptions) -> bool:
 def run_sample(options: generate.SampleOptions) -> None:
     """``sde-diffusion sample``."""
     started = time.monotonic()
+    process = generate_shards.launched()
+    if generate_shards.is_sharded(options, process):
+        _run_shards(options, process, started)
+        return
     plan = generate.make_plan(options)
     with ProgressBar() as bar:
         written = generate.run(plan, bar)
@@ -96,6 +126,24 @@ def run_sample(options: generate.SampleOptions) -> None:
         f"({drawn.network_passes:g} network passes), {drawn.seconds:.2g} s of sampling"
     )
     wrote(console, written.folder, list(written.files), started)
+
+
+def _run_shards(
+    options: generate.SampleOptions, process: generate_shards.Process, started: float
+) -> None:
+    """This process's part of a large set; the first process says how far it is."""
+    plan = generate_shards.make_shard_plan(options, process)
+    with ProgressBar(shown=process.rank == 0) as bar:
+        written = generate_shards.run_shards(plan, process, bar)
+    console = make_console()
+    who = f"process {process.rank} of {process.world}: " if process.world > 1 else ""
+    console.print(
+        f"{who}{written.drawn} shards drawn, {written.found} found finished, "
+        f"{written.seconds:.2g} s of sampling"
+    )
+    if written.finished:
+        files = ["manifest.json", "samples.png", f"shards/ ({options.count:,} samples)"]
+        wrote(console, written.folder, files, started)
 
 
 def _slope_table(

@@ -10,15 +10,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from experiments.cells import Task
+from experiments.costs import Costs
 from experiments.draw import one_thread_each
 from experiments.estimates import Estimate, estimate
+from experiments.experiment_file import EXPERIMENT, to_toml
 from experiments.folders import prepare_out
 from experiments.judging import Cell
 from experiments.planning import (
@@ -33,9 +35,10 @@ from experiments.planning import (
 )
 from experiments.pool import Work
 from experiments.records import OK, Record
-from experiments.results import Row, RunFolder
+from experiments.results import Row, RunFolder, WriteError, naming, write_whole
 from experiments.spec import spec_of
 from experiments.store import CellStore
+from experiments.timing import Timing
 from experiments.work import Done
 from solvers.catalogue import name_of, settings_of
 
@@ -80,14 +83,25 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C; the message says where and what is kept."""
 
 
-def run(plan: Plan, progress: Progress, more_pictures: Sequence[str] = ()) -> Outcome:
+def run(
+    plan: Plan,
+    progress: Progress,
+    timing: Timing | None = None,
+    more_pictures: Sequence[str] = (),
+) -> Outcome:
     """Compute the cells that the folder does not hold; each is on disk as soon as it is finished.
 
     A cell whose sampler fails says so, and the others go on.
 
+    Args:
+        timing: begun by a caller who counts what comes before and after.
+
     Raises:
         Interrupted: Ctrl-C.
+        WriteError: a full disk; the finished cells are kept.
     """
+    timing = timing or Timing()
+    timing.processes = None if plan.pool.scheduler else plan.pool.jobs
     options = plan.options
     path = prepare_out(plan.out, pictures=(*PICTURES, *more_pictures))
     config = {**asdict(options), "jobs": plan.pool.jobs, "sizes": plan.samples}
@@ -106,14 +120,26 @@ def run(plan: Plan, progress: Progress, more_pictures: Sequence[str] = ()) -> Ou
     try:
         with folder, one_thread_each():
             folder.write()
-            _references(plan, store, began)
+            if plan.experiment == "compare":
+                with naming(path / EXPERIMENT):
+                    write_whole(path / EXPERIMENT, to_toml(options))
+            _references(plan, store, began, timing)
             tasks = [task for planned in plan.cells for task in plan.tasks(planned)]
-            for task, done in _computed(plan, store, tasks, began):
+            for task, done in _computed(plan, store, tasks, began, timing):
                 progress.now(str(task))
                 progress.done(task_work(plan, task))
                 rows.add(done)
+            if options.throughput:
+                costs = Costs(path, options.device, plan.pool.workers, force=options.force)
+                rows.measure(costs, progress)
             rows.write()
             store.write_table(rows.records())
+            folder.timing = timing.as_dict()
+    except WriteError as error:
+        raise WriteError(
+            f"{error}; {len(rows.records())} cells are finished, and stored in {folder.path}: make "
+            "room there, and the same command goes on"
+        ) from error
     except KeyboardInterrupt:
         rows.write()
         raise Interrupted(
@@ -123,7 +149,9 @@ def run(plan: Plan, progress: Progress, more_pictures: Sequence[str] = ()) -> Ou
     return outcome
 
 
-def _references(plan: Plan, store: CellStore, began: Callable[[Task], None]) -> None:
+def _references(
+    plan: Plan, store: CellStore, began: Callable[[Task], None], timing: Timing
+) -> None:
     """Floors and fine solutions, which many cells share, before the cells."""
     tasks: dict[str, Task] = {}
     for planned in plan.cells:
@@ -131,12 +159,16 @@ def _references(plan: Plan, store: CellStore, began: Callable[[Task], None]) -> 
             for task in (plan.floor_task(planned, repeat), plan.fine_task(planned, repeat)):
                 if task is not None:
                     tasks.setdefault(task.key, task)
-    for _ in _computed(plan, store, list(tasks.values()), began):
+    for _ in _computed(plan, store, list(tasks.values()), began, timing):
         pass
 
 
 def _computed(
-    plan: Plan, store: CellStore, tasks: Sequence[Task], began: Callable[[Task], None]
+    plan: Plan,
+    store: CellStore,
+    tasks: Sequence[Task],
+    began: Callable[[Task], None],
+    timing: Timing,
 ) -> Iterator[tuple[Task, Done]]:
     """The cells, those that the folder holds first."""
     missing: list[Work] = []
@@ -149,6 +181,7 @@ def _computed(
         else:
             yield task, Done(record, {})
     for task, done in plan.pool.run(missing, began):
+        timing.add(done.record)
         store.put(*done)
         yield task, done
 
@@ -192,6 +225,15 @@ class _Rows:
         self._outcome.finished = [plan.cells[i] for i in order]
         self._outcome.folder.replace([self._rows[i] for i in order])
         self._written = time.monotonic()
+
+    def measure(self, costs: Costs, progress: Progress) -> None:
+        """Add to the rows what a sample costs, one after the other, nothing else at work."""
+        plan = self._outcome.plan
+        for i, row in sorted(self._rows.items()):
+            if row.extra["status"] == OK:
+                progress.now(f"throughput of {plan.cells[i]}")
+                found = costs.of(plan.tasks(plan.cells[i])[0])
+                self._rows[i] = replace(row, extra={**row.extra, "throughput": found})
 
     def records(self) -> list[Record]:
         """The records of the rows that are whole, row after row."""

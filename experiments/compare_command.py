@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 
 import typer
@@ -15,6 +16,7 @@ from experiments.options import (
     Device,
     Grid,
     Seed,
+    given_names,
     numbers,
     whole_numbers,
 )
@@ -22,6 +24,15 @@ from experiments.options import (
 
 @guarded
 def compare(
+    context: typer.Context,
+    experiment: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[EXPERIMENT.toml]",
+            help="Options from a file, by the names they have here (targets, solvers, nfe, ...); "
+            "options typed here replace the file's.",
+        ),
+    ] = None,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -94,6 +105,16 @@ def compare(
     force: Annotated[
         bool, typer.Option("--force", help="Compute again what the folder already holds.")
     ] = False,
+    throughput: Annotated[
+        bool,
+        typer.Option(
+            "--throughput", help="Also seconds per sample at the best batch size, measured after."
+        ),
+    ] = False,
+    write_experiment: Annotated[
+        str | None,
+        typer.Option(help="Write these options as an experiment file (-: print it), and end."),
+    ] = None,
 ) -> None:
     """Compare solvers × SDEs × evaluations × guidance, at equal numbers of evaluations.
 
@@ -112,11 +133,16 @@ def compare(
       sde-diffusion compare --target ring --guidance cfg --guidance classifier --scale 1,3 --label 2
 
       sde-diffusion compare --model runs/mine --data faces/ --nfe 20,50
+
+      sde-diffusion compare examples/compare.toml --seed 1
     """
+    started = time.monotonic()  # what follows imports torch and all
     from experiments.commands import run_compare
     from experiments.compare import BUDGETS, SOLVERS, CompareOptions
+    from experiments.experiment_file import combined, naming_keys
+    from experiments.timing import Timing
 
-    failed = run_compare(
+    options, sources = combined(
         CompareOptions(
             targets=target or (),
             models=model or (),
@@ -139,7 +165,12 @@ def compare(
             scheduler=scheduler,
             cell_timeout=cell_timeout,
             force=force,
-        )
+            throughput=throughput,
+        ),
+        experiment,
+        given_names(context),
     )
+    with naming_keys(sources):
+        failed = run_compare(options, write_experiment, Timing(started=started))
     if failed:
         raise typer.Exit(PARTLY)

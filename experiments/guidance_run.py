@@ -126,7 +126,7 @@ def run(plan: Plan, progress: Progress) -> tuple[Outcome, list[Line]]:
     Raises:
         Interrupted: Ctrl-C.
     """
-    outcome = compare.run(plan, progress, PICTURES)
+    outcome = compare.run(plan, progress, more_pictures=PICTURES)
     lines = []
     for members in _lines(plan):
         line = _line(outcome, members)

@@ -58,6 +58,12 @@ def parts(texts: list[str] | None) -> list[str]:
     return [part.strip() for text in texts or [] for part in text.split(",")]
 
 
+def given_names(context: typer.Context) -> set[str]:
+    """The options that were typed, by the names of their parameters."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
 def intervals(option: str, texts: list[str] | None) -> list[tuple[float, float] | None]:
     """``low:high`` in sigma/alpha, or ``full``: everywhere."""
     found: list[tuple[float, float] | None] = []

@@ -30,7 +30,10 @@ _LARGE = 20_000  # numbers in a mixture's means from which its score takes as lo
 _OF_NETWORK, _OF_NUMBER = 60.0, 4e-4
 _WORTH_PROCESSES = 8e6  # such units, some seconds of work, make up for starting processes
 # Options that say how a run is computed, and change no figure.
-HOW = ("out", "batch_size", "device", "jobs", "scheduler", "cell_timeout", "force")
+HOW = (
+    *("out", "batch_size", "device", "jobs", "scheduler", "cell_timeout", "force"),
+    "throughput",
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class CompareOptions:
     scheduler: str | None = None
     cell_timeout: float | None = None
     force: bool = False
+    throughput: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,6 +204,11 @@ def check_numbers(options: CompareOptions) -> None:
         require_count("--batch-size", options.batch_size)
     if options.jobs is not None:
         require_count("--jobs", options.jobs)
+    if options.throughput and options.scheduler is not None:
+        raise ValueError(
+            f"--throughput measures this machine, and --scheduler {options.scheduler} samples on "
+            "others; leave one of them out"
+        )
     if options.cell_timeout is not None:
         require_finite("--cell-timeout", options.cell_timeout, above=0.0)
 

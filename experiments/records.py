@@ -33,7 +33,8 @@ class Record:
         budget: evaluations asked for; None where the solver chooses its own steps.
         steps, nfe, network_passes: steps, and evaluations and passes measured, per sample.
         grid, denoise, seed, repeat, samples: as asked for; ``samples`` in this repeat.
-        seconds: wall time of sampling, ``judging_seconds`` of its metrics.
+        seconds: wall time of sampling, ``judging_seconds`` of its metrics,
+            with the references that were made for it.
         peak_bytes: most memory in use while sampling, beyond what was in use before; None where it
             cannot be known.
         batch_size: samples at a time; smaller than asked for where memory was short.

@@ -121,16 +121,21 @@ def _guidance_judge(
 
 
 def _computed(task: Task, fine: Tensor | None, workers: int) -> Done:
+    began = time.perf_counter()
     judge = judge_of(task, workers)
+    made = time.perf_counter() - began  # the judge, for the first of its cells
     cell = Cell(task.sde, task.condition, task.solver)
     named = {"primary": judge.primary, "truth": judge.truth(cell)}
     if task.kind == "floor":
-        return Done(record_of(task, metrics=judge.floor(cell, task.repeat), **named), {})
+        floor = judge.floor(cell, task.repeat)
+        judging = time.perf_counter() - began
+        return Done(record_of(task, metrics=floor, judging_seconds=judging, **named), {})
     machine = Machine(make_machine(task.device, None).device, task.batch_size, workers)
     ids = block_ids(task.samples, task.repeat)
     if task.kind == "fine":
         drawn = _drawn(task, machine, ids[: judge.paired], ProbabilityFlow("rk4"), judge.fine_steps)
-        return Done(record_of(task, **_costs(drawn), **named), {"x": drawn.x})
+        fine_record = record_of(task, **_costs(drawn), judging_seconds=made, **named)
+        return Done(fine_record, {"x": drawn.x})
     _warm_up(task, machine, ids)
     with peak_memory(machine.device) as memory:
         drawn = _drawn(task, machine, ids, task.solver, task.steps)
@@ -147,7 +152,7 @@ def _computed(task: Task, fine: Tensor | None, workers: int) -> Done:
         **named,
         metrics=metrics,
         peak_bytes=memory.bytes,
-        judging_seconds=time.perf_counter() - started,
+        judging_seconds=made + time.perf_counter() - started,
     )
     return Done(record, tensors)
 
@@ -168,6 +173,11 @@ def _drawn(
         denoise=task.denoise or denoise,
         suggested=subject.suggested,
     )
+
+
+def draw_task(task: Task, machine: Machine, ids: Tensor) -> Drawn:
+    """Samples of a cell's sampler, with any ids, not judged."""
+    return _drawn(task, machine, ids, task.solver, task.steps)
 
 
 def _costs(drawn: Drawn) -> dict[str, Any]:
