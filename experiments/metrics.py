@@ -44,6 +44,11 @@ METRICS: dict[str, MetricInfo] = {
     "rms": MetricInfo("RMS distance to the fine solution", "units of x"),
     "median": MetricInfo("Median distance to the fine solution", "units of x"),
     "frechet": MetricInfo("Fréchet distance", "features squared"),
+    "kid": MetricInfo("Kernel distance (KID)", "squared"),
+    "precision": MetricInfo("Precision", "fraction", lower_is_better=False),
+    "recall": MetricInfo("Recall", "fraction", lower_is_better=False),
+    "density": MetricInfo("Density", "neighbourhoods over k", lower_is_better=False),
+    "coverage": MetricInfo("Coverage", "fraction", lower_is_better=False),
     "error": MetricInfo("ODE: RMS distance to the fine solution", "SDE: |mean log p − true|, nats"),
     "accuracy": MetricInfo("Label accuracy", "fraction", lower_is_better=False),
 }

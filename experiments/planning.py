@@ -16,7 +16,7 @@ from experiments.folders import default_out
 from experiments.judging import Cell, Judge
 from experiments.pool import Pool, usable_cores
 from experiments.spec import parse_solver, spec_of
-from experiments.subjects import ExactSubject, Subject, SubjectOptions, make_subjects
+from experiments.subjects import ExactSubject, ModelSubject, Subject, SubjectOptions, make_subjects
 from experiments.work import judge_of, time_limit
 from sde_diffusion.errors import require_count, require_finite
 from solvers import Integrator, ProbabilityFlow, Solver, grids
@@ -44,6 +44,8 @@ class CompareOptions:
     scales: Sequence[float] = ()
     label: str | None = None
     data: str | None = None
+    features: str | None = None
+    metrics: Sequence[str] = ()
     samples: int | None = None
     repeats: int = 3
     seed: int = 0
@@ -156,9 +158,17 @@ def make_plan(options: CompareOptions) -> Plan:
     make_conditions(options.guidances, options.scales, options.label)
     workers = make_machine(options.device, options.batch_size).workers
     sources = SubjectOptions(
-        tuple(targets), tuple(options.models), tuple(options.sdes), options.data
+        tuple(targets),
+        tuple(options.models),
+        tuple(options.sdes),
+        options.data,
+        options.features,
+        tuple(options.metrics),
     )
     subjects = make_subjects(sources)
+    for subject in subjects:
+        if isinstance(subject, ModelSubject):
+            subject.check_judge()
     cells = [planned for subject in subjects for planned in _cells_of(subject, solvers, options)]
     samples = {
         subject.name: options.samples
