@@ -95,3 +95,19 @@ def of_another_form(model: Any, x: Tensor) -> Tensor:
 
 
 number = 3
+
+
+def asks_around(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
+    """Each sample at a level of its own, then all beyond both ends."""
+    each = torch.linspace(0.5, 2.0, len(x), dtype=x.dtype)
+    together = model(x, each)
+    apart = torch.stack([model(x, sigma)[i] for i, sigma in enumerate(each)])
+    torch.testing.assert_close(together, apart)
+    top, bottom = sigmas[0], sigmas[-1]
+    assert torch.equal(model(x, 2 * top), model(x, top))
+    assert torch.equal(model(x, 0.0), model(x, bottom))
+    return x
+
+
+def asks_nowhere(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
+    return model(x, float("nan"))  # type: ignore[no-any-return]

@@ -205,3 +205,9 @@ def test_a_sampler_of_images_is_measured_on_images() -> None:
     from experiments.planning import steps_within
 
     assert steps_within(mine("images_only"), 7, False, event_shape=(1, 8, 8)) == 7
+
+
+def test_levels_may_differ_by_sample_and_end_with_the_sde() -> None:
+    drawn(mine("asks_around"), VPSDE(), 4)
+    with pytest.raises(NonFiniteError, match="asked for the score at sigma = nan"):
+        drawn(mine("asks_nowhere"), VPSDE())

@@ -52,7 +52,7 @@ _SEED_SLOT = 61  # of the draws that seed torch's generator; far from the slots 
 FORMS = (
     "called (model, x, sigmas, ...), as k-diffusion's are, or (score_fn, sde, x, times, noise, ...)"
 )
-_GENERATOR = threading.Lock()  # torch's CPU generator is one for all threads
+_GENERATOR = threading.RLock()  # torch's CPU generator is one for all threads
 
 
 @dataclass(frozen=True)
