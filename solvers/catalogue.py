@@ -109,7 +109,7 @@ def is_users(solver: Solver | Corrector | Integrator) -> bool:
 
 
 def _users(path: str) -> SolverType:
-    found = imported(path, "solver", "; a solver of the catalogue is written NAME:key=value")
+    found = imported(path, hint="; a solver of the catalogue is written NAME:key=value")
     if inspect.isclass(found) and issubclass(found, (Solver, Corrector, Integrator)):
         if inspect.isabstract(found):
             missing = ", ".join(sorted(found.__abstractmethods__))

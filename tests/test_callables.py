@@ -63,8 +63,7 @@ def test_what_is_known_of_a_function() -> None:
         "euler": (0, False, False, False),
         "heun": (2, False, False, False),
         "ancestral": (0, True, False, False),
-        # It asks for noise, and multiplies it by 0.
-        "ancestral:eta=0": (0, True, False, False),
+        "ancestral:eta=0": (0, False, False, False),  # it asks for noise, and multiplies it by 0
         "with_randn_like": (0, True, False, False),
         "with_generator": (0, True, True, False),
         "own_terms": (0, False, False, False),

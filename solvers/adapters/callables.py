@@ -67,15 +67,15 @@ class _Info:
 
 @dataclass(frozen=True)
 class _Draws:
-    """Where a function was seen to take its noise from.
+    """What noise a function was seen to draw.
 
     Attributes:
-        ours: ``noise_sampler``, ``noise``, or ``torch.randn_like`` of the state.
-        patched: the last of these, which is answered with our noise.
-        foreign: torch's generator otherwise.
+        matters: its result depends on the noise.
+        patched: it calls ``torch.randn_like`` of the state, which is answered with our noise.
+        foreign: it draws from torch's generator otherwise.
     """
 
-    ours: bool
+    matters: bool
     patched: bool
     foreign: bool
 
@@ -104,7 +104,7 @@ class _CallableSampler(Integrator):
         if declared is not None:
             return bool(declared)
         draws = _draws(self)
-        return self.info.takes_noise if draws is None else draws.ours or draws.foreign
+        return self.info.takes_noise if draws is None else draws.matters
 
     @property
     def adaptive(self) -> bool:
@@ -114,7 +114,7 @@ class _CallableSampler(Integrator):
     def depends_on_batch(self) -> bool:
         """Whether it draws from torch's generator, so that a sample depends on its batch."""
         draws = _draws(self)
-        return draws is not None and draws.foreign
+        return draws is not None and draws.foreign and draws.matters
 
     def solve(
         self, score_fn: ScoreFn, sde: SDE, x: Tensor, times: Tensor, noise: Noise
@@ -250,24 +250,6 @@ class _Denoiser:
         return self._score_fn(_alpha(level, x) * x, level).x0
 
 
-class _Watched(Noise):
-    """The run's noise, noting whether it was asked for."""
-
-    def __init__(self, noise: Noise) -> None:
-        self.asked = False
-        self._noise = noise
-
-    def __call__(self, x: Tensor, step: Step, slot: int = 0) -> Tensor:
-        self.asked = True
-        return self._noise(x, step, slot)
-
-    def prior(self, x: Tensor) -> Tensor:
-        return self._noise.prior(x)
-
-    def select(self, indices: Tensor) -> Noise:
-        return self._noise.select(indices)
-
-
 class _Patched(TorchFunctionMode):
     """``torch.randn_like`` of the state answered with the run's noise, which no batch changes."""
 
@@ -319,12 +301,15 @@ def _draws(solver: _CallableSampler) -> _Draws | None:
 def _measured(solver: _CallableSampler, shape: tuple[int, ...]) -> _Draws:
     sde, x = VPSDE(), torch.ones(shape, dtype=torch.float64)
     times = torch.linspace(sde.t_max, sde.t_min, 9, dtype=torch.float64)
-    noise = _Watched(CounterNoise(0))
-    with _GENERATOR, torch.random.fork_rng(devices=[]), _Patched(x) as patched:
-        before = torch.get_rng_state()
-        solver.solved(_unit_gaussian, sde, x, times, noise, patched)
-        foreign = not torch.equal(before, torch.get_rng_state())
-    return _Draws(noise.asked, patched.asked, foreign)
+    found = []
+    for seed in range(2):
+        with _GENERATOR, torch.random.fork_rng(devices=[]), _Patched(x) as patched:
+            torch.manual_seed(seed)
+            before = torch.get_rng_state()
+            noise = CounterNoise(seed)
+            found.append(solver.solved(_unit_gaussian, sde, x, times, noise, patched).x)
+            foreign = not torch.equal(before, torch.get_rng_state())
+    return _Draws(not torch.equal(*found), patched.asked, foreign)
 
 
 def _unit_gaussian(x: Tensor, level: NoiseLevel) -> Prediction:
@@ -346,23 +331,21 @@ def callable_sampler(path: str, **settings: Any) -> Integrator:
     return sampler_type(path)(**settings)
 
 
-def sampler_type(path: str, argument: str = "solver") -> type[Integrator]:
+def sampler_type(path: str) -> type[Integrator]:
     """The Integrator for the function at ``package.module:name``: a frozen dataclass of its
     settings."""
-    return _sampler_type(path, imported(path, argument), argument)
+    return _sampler_type(path, imported(path))
 
 
 @cache
-def _sampler_type(path: str, function: Callable[..., Any], argument: str) -> type[Integrator]:
-    style, parameters = _style(path, function, argument)
+def _sampler_type(path: str, function: Callable[..., Any]) -> type[Integrator]:
+    style, parameters = _style(path, function)
     items: list[Any] = []
     for name, parameter in parameters.items():
         if name in _GIVEN or not _is_setting(parameter):
             continue
         if name != "order" and hasattr(_CallableSampler, name):
-            raise ValueError(
-                f"{argument}: {path} has a setting {name!r}, which solvers use; rename it"
-            )
+            raise ValueError(f"{path} has a setting {name!r}, which solvers use; rename it")
         if parameter.default is parameter.empty:
             items.append((name, int | float | str, field(kw_only=True)))
         else:
@@ -384,23 +367,19 @@ def _sampler_type(path: str, function: Callable[..., Any], argument: str) -> typ
     return made
 
 
-def _style(
-    path: str, function: Callable[..., Any], argument: str
-) -> tuple[Style, dict[str, inspect.Parameter]]:
+def _style(path: str, function: Callable[..., Any]) -> tuple[Style, dict[str, inspect.Parameter]]:
     """How the function is called, and its parameters beyond those."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
-        raise ValueError(f"{argument}: {path} is not a solver; name a function {FORMS}") from None
+        raise ValueError(f"{path} is not a solver; name a function {FORMS}") from None
     positional = [
         p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     required = [p.name for p in positional if p.default is p.empty]
     style = _REQUIRED.get(len(required))
     if style is None or (style == "times" and required[2] != "x"):
-        raise ValueError(
-            f"{argument}: {path} must be given ({', '.join(required)}); name a function {FORMS}"
-        )
+        raise ValueError(f"{path} must be given ({', '.join(required)}); name a function {FORMS}")
     return style, {name: p for name, p in parameters.items() if name not in required}
 
 
