@@ -20,7 +20,7 @@ from sde_diffusion.storage import read_json
 
 FORMS = "raw, random, inception, the folder of a model trained here, or package.module:function"
 WIDEST = 4096  # raw events, whose covariance is a matrix
-INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # the file of weights, torch-fidelity's name
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity names it
 
 
 class Raw(nn.Module):
