@@ -63,6 +63,13 @@ class Judge(ABC):
     def floor(self, cell: Cell, repeat: int) -> dict[str, float]:
         """The same of true samples, as many where there are as many; empty where there are none."""
 
+    def paired_metrics(self, distances: Tensor) -> dict[str, float]:
+        """Of the distances (paired,) to the fine ODE from the same noise."""
+        return {
+            "rms": float(distances.square().mean().sqrt()),
+            "median": float(distances.median()),
+        }
+
     @abstractmethod
     def law(self, cell: Cell) -> object:
         """Cells with the same law share their true samples and their floor."""

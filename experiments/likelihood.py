@@ -221,7 +221,7 @@ def _condition(options: LikelihoodOptions, subject: Subject, labels: Tensor | No
     subject.check(condition)
     if labels is None:
         raise ValueError("--label own needs data with labels; give a class, or none")
-    return _Labelled(condition.guidance, condition.scale, "all", labels)
+    return _Labelled(condition.guidance, condition.scale, "all", own=labels)
 
 
 def _settings(

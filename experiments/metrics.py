@@ -46,10 +46,14 @@ METRICS: dict[str, MetricInfo] = {
     "frechet": MetricInfo("Fréchet distance", "features squared"),
     "kid": MetricInfo("Kernel distance (KID)", "squared"),
     "precision": MetricInfo("Precision", "fraction", lower_is_better=False),
-    "recall": MetricInfo("Recall", "fraction", lower_is_better=False),
     "density": MetricInfo("Density", "neighbourhoods over k", lower_is_better=False),
     "coverage": MetricInfo("Coverage", "fraction", lower_is_better=False),
     "error": MetricInfo("ODE: RMS distance to the fine solution", "SDE: |mean log p − true|, nats"),
+    "posterior": MetricInfo("Posterior of the class", "probability", lower_is_better=False),
+    "variance": MetricInfo("Variance within classes", "real data is 1", lower_is_better=False),
+    "recall": MetricInfo("Recall", "share of real data", lower_is_better=False),
+    "saturation": MetricInfo("Saturation", "share beyond the range"),
+    "relative": MetricInfo("Error against the fine ODE", "deviations of the data"),
     "accuracy": MetricInfo("Label accuracy", "fraction", lower_is_better=False),
 }
 SET_METRICS = ("energy", "sliced_w2", "w2")

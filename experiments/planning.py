@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from experiments.budget import BudgetError, measured_nfe, steps_for_budget
-from experiments.cells import Kind, Task, cell_key
-from experiments.conditions import make_conditions
+from experiments.cells import Judging, Kind, Task, cell_key
+from experiments.conditions import Condition, make_conditions
 from experiments.draw import make_machine
 from experiments.folders import default_out
 from experiments.judging import Cell, Judge
@@ -28,7 +28,7 @@ EXACT_SAMPLES, MODEL_SAMPLES = 2000, 100
 _WEIGHTS = {True: 1.0, False: 60.0}  # of one evaluation of one sample, exact or network: progress
 _WORTH_PROCESSES = 8e6  # such units, some seconds of work, make up for starting processes
 # Options that say how a run is computed, and change no figure.
-_HOW = ("out", "batch_size", "device", "jobs", "scheduler", "cell_timeout", "force")
+HOW = ("out", "batch_size", "device", "jobs", "scheduler", "cell_timeout", "force")
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ class Plan:
     pool: Pool
     out: str
     samples: dict[str, int]
+    judging: Judging = "distance"
+    experiment: str = "compare"
 
     def tasks(self, planned: PlannedCell) -> list[Task]:
         """The repeats of a cell."""
@@ -124,6 +126,8 @@ class Plan:
         device = torch.device(options.device).type
         if getattr(cell.solver, "depends_on_batch", False):
             more["batch_size"] = options.batch_size
+        if self.judging != "distance":
+            more["judging"] = self.judging
         # The floor of a law is the same whatever sampled it.
         solver = ProbabilityFlow("rk4") if kind == "floor" else cell.solver
         key = cell_key(
@@ -140,6 +144,7 @@ class Plan:
             device=options.device,
             batch_size=options.batch_size,
             seconds=options.cell_timeout,
+            judging=self.judging,
             **numbers,
         )
 
@@ -151,10 +156,10 @@ def make_plan(options: CompareOptions) -> Plan:
         ValueError, TypeError: whatever is wrong with the options, before any work.
     """
     targets = options.targets or (() if options.models else ("ring", "digits"))
-    solvers = _different([parse_solver(text) for text in options.solvers])
+    solvers = different([parse_solver(text) for text in options.solvers])
     if not solvers or not options.budgets:
         raise ValueError("--solver and --nfe need at least one value each")
-    _check_numbers(options)
+    check_numbers(options)
     make_conditions(options.guidances, options.scales, options.label)
     workers = make_machine(options.device, options.batch_size).workers
     sources = SubjectOptions(
@@ -169,20 +174,30 @@ def make_plan(options: CompareOptions) -> Plan:
     for subject in subjects:
         if isinstance(subject, ModelSubject):
             subject.check_judge()
-    cells = [planned for subject in subjects for planned in _cells_of(subject, solvers, options)]
-    samples = {
-        subject.name: options.samples
-        or (EXACT_SAMPLES if isinstance(subject, ExactSubject) else MODEL_SAMPLES)
+    cells = [
+        planned
         for subject in subjects
-    }
-    config = {name: value for name, value in asdict(options).items() if name not in _HOW}
+        for planned in cells_of(subject, _conditions(subject, options), solvers, options)
+    ]
+    samples = {subject.name: options.samples or samples_of(subject) for subject in subjects}
+    config = {name: value for name, value in asdict(options).items() if name not in HOW}
     out = options.out or default_out("compare", [s.name for s in subjects], config)
     plan = Plan(options, sources, subjects, cells, Pool(), out, samples)
-    plan.pool = Pool(_jobs(plan), workers, options.scheduler)
+    plan.pool = Pool(jobs_of(plan), workers, options.scheduler)
     return plan
 
 
-def _check_numbers(options: CompareOptions) -> None:
+def _conditions(subject: Subject, options: CompareOptions) -> list[Condition]:
+    return make_conditions(options.guidances, options.scales, options.label, subject.unguided)
+
+
+def samples_of(subject: Subject) -> int:
+    """Samples in a repeat where none are asked for."""
+    return EXACT_SAMPLES if isinstance(subject, ExactSubject) else MODEL_SAMPLES
+
+
+def check_numbers(options: CompareOptions) -> None:
+    """Raise ValueError for a number that is out of its range."""
     for budget in options.budgets:
         require_count("--nfe", budget)
     require_count("--seed", options.seed, least=0)
@@ -197,9 +212,17 @@ def _check_numbers(options: CompareOptions) -> None:
         require_finite("--cell-timeout", options.cell_timeout, above=0.0)
 
 
-def _cells_of(
-    subject: Subject, solvers: Sequence[Solver | Integrator], options: CompareOptions
+def cells_of(
+    subject: Subject,
+    conditions: Sequence[Condition],
+    solvers: Sequence[Solver | Integrator],
+    options: CompareOptions,
 ) -> Iterator[PlannedCell]:
+    """Every condition × SDE × solver × number of evaluations.
+
+    Raises:
+        ValueError: a condition that the subject cannot have, a budget too small for a solver.
+    """
     budgets = sorted(set(options.budgets))
     steps = {
         (s, b): steps_within(
@@ -208,9 +231,7 @@ def _cells_of(
         for s in solvers
         for b in budgets
     }
-    for condition in make_conditions(
-        options.guidances, options.scales, options.label, subject.unguided
-    ):
+    for condition in conditions:
         subject.check(condition)
         for sde, process in subject.sdes.items():
             if options.grid is not None:
@@ -224,7 +245,7 @@ def _cells_of(
                     yield PlannedCell(subject, cell, budget, steps[solver, budget])
 
 
-def _jobs(plan: Plan) -> int:
+def jobs_of(plan: Plan) -> int:
     """As many processes as cores, where there is enough to do for them."""
     options = plan.options
     if options.jobs is not None:
@@ -281,7 +302,8 @@ def _steps_within(
         ) from None
 
 
-def _different(solvers: Sequence[Any]) -> list[Any]:
+def different(solvers: Sequence[Any]) -> list[Any]:
+    """Without repetitions."""
     found: list[Any] = []
     for solver in solvers:
         if solver not in found:

@@ -124,11 +124,12 @@ class ExactSubject(Subject):
             label = condition.labels(ids, self.num_classes)
             if label is None or condition.guidance == "none":
                 return target.score_fn(process, label)
-            scale = condition.scale or 0.0
             if condition.guidance == "cfg":
-                return classifier_free_guided(target.model(process), label, scale)
+                return classifier_free_guided(
+                    target.model(process), label, condition.scale or 0.0, condition.interval
+                )
             return classifier_guided(
-                target.score_fn(process), target.classifier(process), label, scale
+                target.score_fn(process), target.classifier(process), label, condition.weight
             )
 
         return score
@@ -194,11 +195,12 @@ class ModelSubject(Subject):
             label = condition.labels(ids, self.num_classes)
             if label is None or condition.guidance == "none":
                 return bind(model.model, label)
-            scale = condition.scale or 0.0
             if condition.guidance == "cfg":
-                return classifier_free_guided(model.model, label, scale)
+                return classifier_free_guided(
+                    model.model, label, condition.scale or 0.0, condition.interval
+                )
             classifier: Any = model.classifier
-            return classifier_guided(bind(model.model, None), classifier, label, scale)
+            return classifier_guided(bind(model.model, None), classifier, label, condition.weight)
 
         return score
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments import feature_metrics
+from experiments import diversity, feature_metrics
 from experiments.feature_metrics import Neighbourhoods, kernel_distance
 
 
@@ -142,3 +142,10 @@ def test_what_does_not_fit_is_explained() -> None:
         Neighbourhoods(x).compare(normal(10, 4, 0))
     with pytest.raises(ValueError, match="holds NaN"):
         kernel_distance(x, x * torch.nan)
+
+
+def test_recall_is_that_of_the_guidance_experiment() -> None:
+    real, fake = normal(60, 3, 0), normal(50, 3, 1, 0.5)
+    found = Neighbourhoods(real).compare(fake, ("recall",))["recall"]
+    assert found == diversity.recall(real, fake)
+    assert 0 < found < 1
