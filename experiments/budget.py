@@ -5,38 +5,55 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from sde_diffusion import SDE, VPSDE, GaussianMixture
+from sde_diffusion import SDE, VPSDE, Prediction
+from sde_diffusion.broadcast import expand
 from sde_diffusion.errors import require_count
+from sde_diffusion.sde import NoiseLevel
 from solvers import Integrator, Solver, sample
 
 _SDE = VPSDE()
-_TARGET = GaussianMixture(means=torch.zeros(1, 1), covariances=torch.ones(1))
-_measured: dict[tuple[Hashable, bool, int, Hashable], float] = {}
+_measured: dict[Hashable, float] = {}
+
+
+class BudgetError(ValueError):
+    """A solver that no number of evaluations can be given."""
 
 
 def measured_nfe(
-    solver: Solver | Integrator, steps: int, *, sde: SDE | None = None, denoise: bool = False
+    solver: Solver | Integrator,
+    steps: int,
+    *,
+    sde: SDE | None = None,
+    denoise: bool = False,
+    event_shape: tuple[int, ...] = (1,),
 ) -> float:
-    """Score evaluations of one run of ``steps`` steps, counted on a one-dimensional Gaussian.
+    """Score evaluations of one run of ``steps`` steps, counted on a standard Gaussian.
 
     Args:
         solver: a solver or an adapter.
         steps: number of steps of its default grid.
         sde: which SDE to run; a fixed-step solver's count does not depend on it.
         denoise: whether the run ends with a denoise.
+        event_shape: of the one sample; a user's sampler may know one shape only.
     """
     sde = _SDE if sde is None else sde
-    key = (_identity(solver), denoise, steps, _identity(sde))
+    key = (_identity(solver), denoise, steps, _identity(sde), event_shape)
     if key not in _measured:
-        run = sample(_TARGET.score_fn(sde), sde, solver, shape=(1, 1), steps=steps, denoise=denoise)
+        shape = (1, *event_shape)
+        run = sample(_gaussian, sde, solver, shape=shape, steps=steps, denoise=denoise)
         _measured[key] = float(run.nfe)
     return _measured[key]
 
 
 def steps_for_budget(
-    solver: Solver | Integrator, nfe: int, *, sde: SDE | None = None, denoise: bool = False
+    solver: Solver | Integrator,
+    nfe: int,
+    *,
+    sde: SDE | None = None,
+    denoise: bool = False,
+    event_shape: tuple[int, ...] = (1,),
 ) -> int:
     """The most steps whose measured evaluations stay within a budget of ``nfe``.
 
@@ -46,19 +63,19 @@ def steps_for_budget(
     Args:
         solver: a solver, or an adapter of a fixed-step method.
         nfe: score evaluations per sample, at least 1.
-        sde, denoise: as in :func:`measured_nfe`.
+        sde, denoise, event_shape: as in :func:`measured_nfe`.
     Raises:
-        ValueError: one step already costs more, or more steps do not cost more (the solver
+        BudgetError: one step already costs more, or more steps do not cost more (the solver
             chooses its own steps, or evaluates nothing).
     """
     budget = require_count("nfe", nfe)
 
     def cost(steps: int) -> float:
-        return measured_nfe(solver, steps, sde=sde, denoise=denoise)
+        return measured_nfe(solver, steps, sde=sde, denoise=denoise, event_shape=event_shape)
 
     first = cost(1)
     if first > budget:
-        raise ValueError(
+        raise BudgetError(
             f"nfe must be at least {first:g} for {solver}: that is what one step costs; "
             f"got {budget}"
         )
@@ -70,7 +87,7 @@ def steps_for_budget(
             high = probe
             break
         if high_cost <= low_cost and probe > 8:
-            raise ValueError(
+            raise BudgetError(
                 f"{solver} has no step count for a budget of evaluations: {probe} steps cost "
                 f"{high_cost:g} evaluations, no more than {low} steps; it may choose its own steps"
             )
@@ -85,6 +102,11 @@ def steps_for_budget(
         else:
             low = middle
     return low
+
+
+def _gaussian(x: Tensor, level: NoiseLevel) -> Prediction:
+    alpha, sigma = (expand(field, x).to(x.dtype) for field in (level.alpha, level.sigma))
+    return Prediction.from_x0(x, level, alpha * x / (alpha**2 + sigma**2))
 
 
 def _identity(thing: Any) -> Hashable:

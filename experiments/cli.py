@@ -162,7 +162,11 @@ app.command()(train)
 @guarded
 def sample(
     model: Annotated[
-        str | None, typer.Option(help="Folder of a trained model, or a shipped one's name.")
+        str | None,
+        typer.Option(
+            help="Folder of a trained model or of diffusers', a shipped one's name, or "
+            "package.module:factory."
+        ),
     ] = None,
     target: Annotated[
         str | None, typer.Option(help="An exact target, or digits (the default).")

@@ -301,6 +301,7 @@ def make_row(
             "floor": {name: e._asdict() for name, e in floor.items()},
             "grid": options.grid or planned.subject.sdes[cell.sde].default_grid,
             "denoise": options.denoise,
+            "depends_on_batch": getattr(cell.solver, "depends_on_batch", False),
             "seed": options.seed,
             "samples": plan.samples[planned.subject.name] * options.repeats,
             "repeats": options.repeats,
@@ -318,4 +319,6 @@ def _label(plan: Plan, planned: PlannedCell) -> str:
     here = [p for p in plan.cells if p.subject is planned.subject]
     several = len({p.cell.condition for p in here}) > 1
     text = spec_of(planned.cell.solver)
+    if getattr(planned.cell.solver, "depends_on_batch", False):
+        text += " (depends on its batch)"
     return f"{text}, {planned.cell.condition.guided_by}" if several else text

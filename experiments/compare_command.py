@@ -18,6 +18,7 @@ from experiments.options import (
     Seed,
     given_names,
     numbers,
+    parts,
     whole_numbers,
 )
 
@@ -42,7 +43,10 @@ def compare(
     ] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Folder of a trained model (or a shipped one's name); repeatable."),
+        typer.Option(
+            help="Folder of a trained model (or a shipped one's name), folder of diffusers', or "
+            "package.module:factory; repeatable."
+        ),
     ] = None,
     sde: Annotated[
         list[str] | None,
@@ -75,6 +79,20 @@ def compare(
     data: Annotated[
         str | None,
         typer.Option(help="Real data to compare a model's samples with: .npy or image folder."),
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="What a network's samples are compared in: raw, random, inception, a model's "
+            "folder (its judge) or package.module:function. Default: the model's own judge."
+        ),
+    ] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of networks: frechet, kid, precision, recall, density, coverage, accuracy; "
+            "repeatable or a,b; the first stands for quality. Default: frechet,accuracy."
+        ),
     ] = None,
     samples: Annotated[
         int | None,
@@ -153,6 +171,8 @@ def compare(
             scales=numbers("--scale", scale),
             label=label,
             data=data,
+            features=features,
+            metrics=parts(metrics),
             samples=samples,
             repeats=repeats,
             seed=seed,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from experiments.conditions import ALL
+from experiments.feature_metrics import NEIGHBOUR_METRICS, Neighbourhoods, kernel_distance
 from experiments.metrics import frechet_from_moments, label_accuracy
 from sde_diffusion.checkpoints import FeatureStatistics, LoadedModel
 from sde_diffusion.data import Dataset
 from sde_diffusion.networks import JudgeNet
 from sde_diffusion.samples import StoredSamples
 
+_CHUNK = 1024
 Which = int | Literal["all"] | None
 
 
@@ -28,17 +31,42 @@ class FeatureSpace:
     Args:
         model: whose judge it is.
         data: real data in the judge's scaling, or None.
+        metrics: which; all but Fréchet and accuracy need the data.
     """
 
-    def __init__(self, model: LoadedModel, data: Dataset | None) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        data: Dataset | None,
+        metrics: Sequence[str] = ("frechet", "accuracy"),
+    ) -> None:
+        self.metrics = tuple(metrics)
         self._judge = copy.deepcopy(model.judge).cpu()
         self._model = model
         self._data = data
         self._moments: dict[Which, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[tuple[Which, int], tuple[Tensor, Neighbourhoods | None]] = {}
 
     @property
     def can_classify(self) -> bool:
         return isinstance(self._judge, JudgeNet)
+
+    def evaluate(self, x: Tensor, label: Which, labels: Tensor | None) -> dict[str, float]:
+        """Every metric of samples (N, *event), N >= 2, ``labels`` (N,) being those asked for."""
+        found: dict[str, float] = {}
+        if "frechet" in self.metrics:
+            found["frechet"] = self.distance(x, label)
+        beyond = [name for name in self.metrics if name in NEIGHBOUR_METRICS]
+        if beyond or "kid" in self.metrics:
+            features = self._features(x.float())
+            real, neighbourhoods = self._real(label, len(x))
+            if "kid" in self.metrics:
+                found["kid"] = kernel_distance(features, real)
+            if neighbourhoods is not None:
+                found |= neighbourhoods.compare(features, beyond)
+        if "accuracy" in self.metrics and labels is not None and self.can_classify:
+            found["accuracy"] = self.accuracy(x, labels)
+        return found
 
     def distance(self, x: Tensor, label: Which) -> float:
         """Fréchet distance of samples (N, *event), N >= 2, from real data."""
@@ -72,6 +100,8 @@ class FeatureSpace:
             if label is not None or "test" not in stored or repeat:
                 return {}
             train, test = stored["train"], stored["test"]
+            if "frechet" not in self.metrics:
+                return {}
             value = frechet_from_moments(test.mean, test.covariance, train.mean, train.covariance)
             return {"frechet": value}
         order = self._held_out(label)
@@ -80,10 +110,7 @@ class FeatureSpace:
         if size < 2 or len(block) < size:
             return {}
         x, y = self._data.test_x, self._data.test_y
-        found = {"frechet": self.distance(x[block], label)}
-        if label is not None and y is not None and self.can_classify:
-            found["accuracy"] = self.accuracy(x[block], y[block])
-        return found
+        return self.evaluate(x[block], label, None if label is None or y is None else y[block])
 
     def floor_size(self, samples: int, label: Which) -> int:
         """Samples in a block of the floor."""
@@ -100,15 +127,25 @@ class FeatureSpace:
         data = self._data
         if data is None:
             return torch.empty(0, dtype=torch.long)
-        shuffled = torch.randperm(len(data.test_x), generator=torch.Generator().manual_seed(0))
-        if data.test_y is None or label is None:
-            return shuffled
-        if label != ALL:
-            return shuffled[data.test_y[shuffled] == label]
-        # Class after class, as the labels of the samples go, as far as the rarest class reaches.
-        classes = [shuffled[data.test_y[shuffled] == c] for c in range(data.num_classes or 0)]
-        least = min(map(len, classes))
-        return torch.stack([c[:least] for c in classes], 1).flatten()
+        return _order(len(data.test_x), data.test_y, label, data.num_classes or 0)
+
+    def _real(self, label: Which, count: int) -> tuple[Tensor, Neighbourhoods | None]:
+        """Features of as many training samples, where there are as many: nearest neighbours are
+        nearer in larger sets."""
+        if (label, count) not in self._kept:
+            data = self._data
+            if data is None:
+                raise ValueError("metrics beyond the moments need real samples, given by --data")
+            x, y = data.train_x, data.train_y
+            rows = _order(len(x), y, label, data.num_classes or 0)[:count]
+            real = torch.cat([self._features(x[part]) for part in rows.split(_CHUNK)])
+            wanted = any(name in NEIGHBOUR_METRICS for name in self.metrics)
+            self._kept[label, count] = real, Neighbourhoods(real) if wanted else None
+        return self._kept[label, count]
+
+    @torch.no_grad()
+    def _features(self, x: Tensor) -> Tensor:
+        return torch.cat([self._judge.features(part) for part in x.split(_CHUNK)])
 
     def _reference(self, label: Which) -> tuple[Tensor, Tensor]:
         if label not in self._moments:
@@ -132,6 +169,19 @@ class FeatureSpace:
         mean = means.mean(0)
         within = torch.stack([part.covariance for part in parts]).mean(0)
         return mean, within + (means - mean).T @ (means - mean) / len(parts)
+
+
+def _order(size: int, labels: Tensor | None, label: Which, classes: int) -> Tensor:
+    """Indices of samples of a label, in an order of chance that is always the same."""
+    shuffled = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    if labels is None or label is None:
+        return shuffled
+    if label != ALL:
+        return shuffled[labels[shuffled] == label]
+    # Class after class, as the labels of the samples go, as far as the rarest class reaches.
+    of_class = [shuffled[labels[shuffled] == c] for c in range(classes)]
+    least = min(map(len, of_class))
+    return torch.stack([c[:least] for c in of_class], 1).flatten()
 
 
 def _of_class(data: Dataset, label: int | str) -> StoredSamples | Tensor:

@@ -113,7 +113,7 @@ def make_plan(options: SampleOptions) -> SamplePlan:
             f"--trajectory needs a solver that steps here, and {spec_of(solver)} owns its loop; "
             "leave --trajectory out, or use probability_flow"
         )
-    steps = steps_within(solver, options.nfe, options.denoise)
+    steps = steps_within(solver, options.nfe, options.denoise, event_shape=subject.event_shape)
     config = {**asdict(options), "out": None, "batch_size": None, "device": None}
     if options.shard_size is not None:  # a set in shards is the same set when it grows
         config["count"] = None

@@ -50,7 +50,7 @@ class Judge(ABC):
         paired: samples of a repeat that are compared with the fine ODE from the same noise.
     """
 
-    primary: ClassVar[str]
+    primary: str
     fine_steps: ClassVar[int]
     samples: int
     paired: int
@@ -181,23 +181,21 @@ class ExactJudge(Judge):
 
 
 class ModelJudge(Judge):
-    """Fréchet distance to real data, and label accuracy, by a classifier that no guidance sees."""
+    """Fréchet distance to real data, and label accuracy, by a classifier that no guidance sees; or
+    the metrics asked for, of which the first stands for quality."""
 
-    primary = "frechet"
     fine_steps = 40
 
     def __init__(self, subject: ModelSubject, samples: int) -> None:
         self.subject = subject
         self.samples = samples
         self.paired = min(16, samples)
-        self.space = FeatureSpace(subject.judge, subject.data)
+        self.space = FeatureSpace(subject.judge, subject.data, subject.metrics)
+        self.primary = subject.metrics[0]
 
     def metrics(self, cell: Cell, x: Tensor, repeat: int) -> dict[str, float]:
         labels = cell.condition.labels(block_ids(self.samples, repeat), self.subject.num_classes)
-        found = {"frechet": self.space.distance(x, cell.condition.label)}
-        if labels is not None and self.space.can_classify:
-            found["accuracy"] = self.space.accuracy(x, labels)
-        return found
+        return self.space.evaluate(x, cell.condition.label, labels)
 
     def floor(self, cell: Cell, repeat: int) -> dict[str, float]:
         return self.space.floor(self.samples, repeat, cell.condition.label)

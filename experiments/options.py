@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 SOLVER_HELP = (
-    "NAME or NAME:key=value,key=value, as in probability_flow:method=rk4; repeatable. "
+    "NAME or NAME:key=value,key=value, as in probability_flow:method=rk4; one's own: "
+    "package.module:Name, a solver class or a k-diffusion-style function; repeatable. "
     "See: sde-diffusion solvers."
 )
 GRID_HELP = (

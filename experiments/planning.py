@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from experiments.budget import measured_nfe, steps_for_budget
+from experiments.budget import BudgetError, measured_nfe, steps_for_budget
 from experiments.cells import Judging, Kind, Task, cell_key
 from experiments.conditions import Condition, make_conditions
 from experiments.draw import make_machine
@@ -16,10 +16,11 @@ from experiments.folders import default_out
 from experiments.judging import Cell, Judge
 from experiments.pool import Pool, usable_cores
 from experiments.spec import parse_solver, spec_of
-from experiments.subjects import ExactSubject, Subject, SubjectOptions, make_subjects
-from experiments.work import judge_of
+from experiments.subjects import ExactSubject, ModelSubject, Subject, SubjectOptions, make_subjects
+from experiments.work import judge_of, time_limit
 from sde_diffusion.errors import require_count, require_finite
 from solvers import Integrator, ProbabilityFlow, Solver, grids
+from solvers.catalogue import is_users
 
 SOLVERS = ("ancestral", "euler_maruyama", "predictor_corrector", "probability_flow")
 BUDGETS = (10, 20, 50, 100)
@@ -49,6 +50,8 @@ class CompareOptions:
     scales: Sequence[float] = ()
     label: str | None = None
     data: str | None = None
+    features: str | None = None
+    metrics: Sequence[str] = ()
     samples: int | None = None
     repeats: int = 3
     seed: int = 0
@@ -128,6 +131,8 @@ class Plan:
             "samples": self.samples[subject.name],
         }
         device = torch.device(options.device).type
+        if getattr(cell.solver, "depends_on_batch", False):
+            more["batch_size"] = options.batch_size
         if self.judging != "distance":
             more["judging"] = self.judging
         # The floor of a law is the same whatever sampled it.
@@ -165,9 +170,17 @@ def make_plan(options: CompareOptions) -> Plan:
     make_conditions(options.guidances, options.scales, options.label)
     workers = make_machine(options.device, options.batch_size).workers
     sources = SubjectOptions(
-        tuple(targets), tuple(options.models), tuple(options.sdes), options.data
+        tuple(targets),
+        tuple(options.models),
+        tuple(options.sdes),
+        options.data,
+        options.features,
+        tuple(options.metrics),
     )
     subjects = make_subjects(sources)
+    for subject in subjects:
+        if isinstance(subject, ModelSubject):
+            subject.check_judge()
     cells = [
         planned
         for subject in subjects
@@ -225,7 +238,13 @@ def cells_of(
         ValueError: a condition that the subject cannot have, a budget too small for a solver.
     """
     budgets = sorted(set(options.budgets))
-    steps = {(s, b): steps_within(s, b, options.denoise) for s in solvers for b in budgets}
+    steps = {
+        (s, b): steps_within(
+            s, b, options.denoise, event_shape=subject.event_shape, seconds=options.cell_timeout
+        )
+        for s in solvers
+        for b in budgets
+    }
     for condition in conditions:
         subject.check(condition)
         for sde, process in subject.sdes.items():
@@ -251,24 +270,48 @@ def jobs_of(plan: Plan) -> int:
     return usable_cores() if work > _WORTH_PROCESSES else 1
 
 
-def steps_within(solver: Solver | Integrator, budget: int, denoise: bool) -> int | None:
+def steps_within(
+    solver: Solver | Integrator,
+    budget: int,
+    denoise: bool,
+    *,
+    event_shape: tuple[int, ...] = (1,),
+    seconds: float | None = None,
+) -> int | None:
     """The most steps within a budget of evaluations; None where the solver chooses its own.
+
+    A user's own solver is run on samples of ``event_shape``, for ``seconds`` at most. Where it
+    fails, a step is taken to cost one evaluation: its cells will fail and say why.
 
     Raises:
         ValueError: not even one step is, or steps of this solver cost nothing.
     """
     if getattr(solver, "adaptive", False):
         return None
-    least = measured_nfe(solver, 1, denoise=denoise)
+    if not is_users(solver):
+        return _steps_within(solver, budget, denoise, (1,))
+    try:
+        with time_limit(seconds):
+            return _steps_within(solver, budget, denoise, event_shape)
+    except BudgetError:
+        raise
+    except Exception:  # whatever it is, of a solver that nothing is known of
+        return budget
+
+
+def _steps_within(
+    solver: Solver | Integrator, budget: int, denoise: bool, event_shape: tuple[int, ...]
+) -> int:
+    least = measured_nfe(solver, 1, denoise=denoise, event_shape=event_shape)
     if least > budget:
-        raise ValueError(
+        raise BudgetError(
             f"--nfe {budget} is too few for {spec_of(solver)}: one step costs {least:g} "
             f"evaluations; give at least {least:g}"
         )
     try:
-        return steps_for_budget(solver, budget, denoise=denoise)
-    except ValueError as error:
-        raise ValueError(
+        return steps_for_budget(solver, budget, denoise=denoise, event_shape=event_shape)
+    except BudgetError as error:
+        raise BudgetError(
             f"--solver {spec_of(solver)} cannot be given --nfe {budget}: {error}"
         ) from None
 

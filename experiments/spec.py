@@ -2,7 +2,8 @@
 
 The grammar, with settings by the names of a solver's own fields::
 
-    spec     = name [":" settings]             (name may be diffusers:ClassName)
+    spec     = name [":" settings]             (name may be diffusers:ClassName, or a solver or
+                                                function of one's own, package.module:Name)
     settings = key "=" value {"," key "=" value}
     value    = a number, a word, or, where a setting is itself a solver: name ["(" settings ")"]
 
@@ -17,6 +18,7 @@ import typing
 from typing import Any, Literal
 
 from sde_diffusion.errors import unknown_name
+from sde_diffusion.importing import is_import_path
 from solvers import Corrector, Integrator, Solver, catalogue
 from solvers.adapters.diffusers_ import PREFIX
 from solvers.catalogue import name_of, named
@@ -33,9 +35,9 @@ def parse_solver(text: str, argument: str = "--solver") -> Solver | Integrator:
             not fit, or a corrector, which samples only within ``predictor_corrector``.
     """
     name, colon, rest = text.strip().partition(":")
-    if name + colon == PREFIX:
-        name, colon, rest = rest.partition(":")
-        name = PREFIX + name
+    if name + colon == PREFIX or (name not in catalogue() and _is_users(text)):
+        second, more, rest = rest.partition(":")
+        name, colon = f"{name}:{second}", more
     if "(" in name:  # the nested form is understood at the top as well
         name, settings = _call(text.strip(), argument)
     else:
@@ -51,6 +53,11 @@ def parse_solver(text: str, argument: str = "--solver") -> Solver | Integrator:
             f"use predictor_corrector:corrector={name}"
         )
     return component
+
+
+def _is_users(text: str) -> bool:
+    """Whether ``package.module:Name`` comes first."""
+    return is_import_path(":".join(text.split(":")[:2]))
 
 
 def spec_of(solver: Component, *, nested: bool = False) -> str:

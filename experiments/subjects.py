@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,10 @@ from torch import Tensor
 
 from experiments.conditions import ALL, Condition
 from experiments.draw import ScoreOf
+from experiments.extractors import FORMS, make_extractor
+from experiments.feature_metrics import FEATURE_METRICS
+from experiments.own_models import OwnModel, any_model, identity_of, is_own
+from experiments.real_data import given_data, real_data
 from sde_diffusion import (
     SDE,
     SDES,
@@ -27,18 +31,18 @@ from sde_diffusion import (
     named_target,
 )
 from sde_diffusion.checkpoints import (
-    MODEL_FILE,
     CheckpointError,
     LoadedModel,
     load_model,
     shipped_models,
 )
-from sde_diffusion.data import Dataset, load_data
+from sde_diffusion.data import Dataset
 from sde_diffusion.errors import unknown_name
 from sde_diffusion.named_targets import EMPIRICAL
-from sde_diffusion.storage import read_json
 
 DIGITS = "digits"
+MODEL_METRICS = ("frechet", "accuracy")
+ALL_MODEL_METRICS = (*MODEL_METRICS, *FEATURE_METRICS)
 
 
 class Subject(ABC):
@@ -153,14 +157,23 @@ class ModelSubject(Subject):
         models: SDE name -> model.
         judge: whose feature map and classes metrics use.
         data: real data for references and floors, in the judge's scaling; None: not to be had.
+        metrics: what samples are judged by, the first standing for quality.
     """
 
     suggested = 256
 
     def __init__(
-        self, name: str, models: Mapping[str, LoadedModel], judge: LoadedModel, data: Dataset | None
+        self,
+        name: str,
+        models: Mapping[str, LoadedModel],
+        judge: LoadedModel,
+        data: Dataset | None,
+        metrics: Sequence[str] = MODEL_METRICS,
+        features: Mapping[str, Any] | None = None,
     ) -> None:
         self.name = name
+        self.metrics = tuple(metrics)
+        self._features = features
         self.models = models
         self.judge = judge
         self.data = data
@@ -205,6 +218,22 @@ class ModelSubject(Subject):
                         f"{str(model.path)!r} has none; train on labelled data, or use cfg"
                     )
 
+    def check_judge(self) -> None:
+        """Whether samples can be judged.
+
+        Raises:
+            ValueError: a network from elsewhere without features or real samples.
+        """
+        if not isinstance(self.judge, OwnModel):
+            return
+        missing = []
+        if self._features is None:
+            missing.append(f"features to compare samples in: give --features ({FORMS})")
+        if self.data is None:
+            missing.append("real samples to compare with: give --data")
+        if missing:
+            raise ValueError(f"--model {self.judge.path} has no {'; and no '.join(missing)}")
+
     def to(self, device: torch.device) -> None:
         for model in self.models.values():
             model.to(device)
@@ -212,22 +241,25 @@ class ModelSubject(Subject):
     def identity(self, sde: str) -> dict[str, Any]:
         model = self.models[sde]
         data = self.data
-        return {
-            "model": read_json(model.path / MODEL_FILE)["files"],
-            "judge": read_json(self.judge.path / MODEL_FILE)["files"],
+        known = {
+            "model": identity_of(model),
+            "judge": self._features or identity_of(self.judge),
             "sde": model.sde.config(),
             "data": None if data is None else data.digest(),
         }
+        return known if self.metrics == MODEL_METRICS else known | {"metrics": self.metrics}
 
 
 @dataclass(frozen=True)
 class SubjectOptions:
-    """What the options --target, --model, --sde and --data say."""
+    """What the options --target, --model, --sde, --data, --features and --metrics say."""
 
     targets: Sequence[str] = ()
     models: Sequence[str] = ()
     sdes: Sequence[str] = ()
     data: str | None = None
+    features: str | None = None
+    metrics: Sequence[str] = ()
 
 
 def make_subjects(options: SubjectOptions) -> list[Subject]:
@@ -242,10 +274,18 @@ def make_subjects(options: SubjectOptions) -> list[Subject]:
     sdes = list(dict.fromkeys(options.sdes)) or ["vp", "ve"]
     if options.data is not None and not (options.models or DIGITS in options.targets):
         raise ValueError("--data is compared with a model's samples: name the model with --model")
+    if (options.features or options.metrics) and not (options.models or DIGITS in options.targets):
+        raise ValueError(
+            "--features and --metrics are for networks, and an exact target has exact distances; "
+            "leave them out, or name a model with --model"
+        )
+    for name in options.metrics:
+        if name not in ALL_MODEL_METRICS:
+            raise unknown_name("--metrics", name, ALL_MODEL_METRICS)
     subjects: list[Subject] = []
     for name in dict.fromkeys(options.targets):
         if name == DIGITS:
-            subjects.append(_digits(sdes, options.data))
+            subjects.append(_digits(sdes, options))
         else:
             exact = ExactSubject(name, sdes)
             while exact.name in [other.name for other in subjects]:
@@ -273,7 +313,7 @@ def sde_name(sde: SDE) -> str:
     return type(sde).__name__.removesuffix("SDE").lower()
 
 
-def _digits(sdes: Sequence[str], data: str | None) -> ModelSubject:
+def _digits(sdes: Sequence[str], options: SubjectOptions) -> ModelSubject:
     shipped = [name for name in shipped_models() if name.startswith(f"{DIGITS}-")]
     there = {name.removeprefix(f"{DIGITS}-"): name for name in shipped}
     for sde in sdes:
@@ -287,14 +327,14 @@ def _digits(sdes: Sequence[str], data: str | None) -> ModelSubject:
     models = {sde: load_model(there[sde]) for sde in sdes}
     # Always the same judge, so that figures from different runs can be compared.
     judge = load_model(there["vp"] if "vp" in there else sorted(there.values())[0])
-    return ModelSubject(DIGITS, models, judge, _real_data(judge, data))
+    return _subject(DIGITS, models, judge, options)
 
 
 def _from_folder(
     folder: str, options: SubjectOptions, judges: list[LoadedModel], taken: Sequence[str]
 ) -> ModelSubject:
     try:
-        model = load_model(folder)
+        model = any_model(folder, given_data(options.data) if is_own(folder) else None)
     except CheckpointError as error:
         raise ValueError(f"--model: {error}") from None
     sde = sde_name(model.sde)
@@ -303,13 +343,37 @@ def _from_folder(
             f"--model {folder!r} was trained under {sde}, and --sde asks for "
             f"{', '.join(options.sdes)}; leave --sde out, or train a model under it"
         )
-    name = Path(folder).expanduser().resolve().name
+    name = folder
+    if Path(folder).expanduser().exists() or not is_own(folder):
+        name = Path(folder).expanduser().resolve().name
     while name in taken:
         name += "'"
     same = [j for j in judges if _same_data(j, model)]
     judge = same[0] if same else model
     judges.append(model)
-    return ModelSubject(name, {sde: model}, judge, _real_data(judge, options.data))
+    return _subject(name, {sde: model}, judge, options)
+
+
+def _subject(
+    name: str, models: Mapping[str, LoadedModel], judge: LoadedModel, options: SubjectOptions
+) -> ModelSubject:
+    """The subject, with the judge's features or those asked for."""
+    data = real_data(judge, options.data)
+    metrics = tuple(dict.fromkeys(options.metrics)) or MODEL_METRICS
+    beyond = [metric for metric in metrics if metric not in MODEL_METRICS]
+    if data is None and (beyond or options.features):
+        what = f"--metrics {beyond[0]}" if beyond else f"--features {options.features}"
+        raise ValueError(f"{what} needs real samples, and {name!r} has none at hand: give --data")
+    if "accuracy" in options.metrics and (options.features or not judge.num_classes):
+        raise ValueError(
+            f"--metrics accuracy needs a judge that knows classes, and that of {name!r} has none "
+            "with these options; leave accuracy or --features out"
+        )
+    if options.features is None or data is None:
+        return ModelSubject(name, models, judge, data, metrics)
+    extractor, known = make_extractor(options.features, judge.event_shape, data)
+    judge = replace(judge, judge=extractor, reference={})  # type: ignore[arg-type]
+    return ModelSubject(name, models, judge, data, metrics, known)
 
 
 def _same_data(a: LoadedModel, b: LoadedModel) -> bool:
@@ -318,32 +382,6 @@ def _same_data(a: LoadedModel, b: LoadedModel) -> bool:
         b.event_shape,
         b.data.scaling,
     )
-
-
-def _real_data(model: LoadedModel, source: str | None) -> Dataset | None:
-    """Real data in the model's own scaling: what --data names, else what it was trained on."""
-    if source is None:
-        try:
-            data = load_data(model.data.name, **model.data.options)
-        except (ValueError, TypeError):  # moved since; the moments in the folder remain
-            return None
-        return data if data.describe().scaling == model.data.scaling else None
-    try:
-        data = load_data(source)
-    except ValueError as error:
-        raise ValueError(f"--data: {error}") from None
-    if data.event_shape != model.event_shape:
-        raise ValueError(
-            f"--data {source!r} holds samples of shape {data.event_shape}, and the model "
-            f"{str(model.path)!r} makes {model.event_shape}; give data of the model's shape"
-        )
-    if data.num_classes is not None and model.num_classes not in (None, data.num_classes):
-        raise ValueError(
-            f"--data {source!r} has {data.num_classes} classes, and the model "
-            f"{str(model.path)!r} {model.num_classes}; give data with the model's classes"
-        )
-
-    return data.rescaled(model.data.scaling)
 
 
 def _tensor_digest(x: Tensor) -> str:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ class Done(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-class CellTimeoutError(RuntimeError):
+class CellTimeoutError(TimeoutError):
     """A cell took longer than --cell-timeout."""
 
 
@@ -48,7 +49,7 @@ def perform(task: Task, fine: Tensor | None = None, workers: int = 1) -> Done:
         workers: chunks of samples at a time.
     """
     try:
-        with _within(task.seconds):
+        with time_limit(task.seconds):
             return _computed(task, fine, workers)
     except CellTimeoutError as error:
         return Done(record_of(task, status=TIMEOUT, error=str(error)), {})
@@ -161,6 +162,8 @@ def _drawn(
     task: Task, machine: Machine, ids: Tensor, solver: Any, steps: int | None, denoise: bool = False
 ) -> Drawn:
     subject = subject_of(task)
+    if getattr(solver, "depends_on_batch", False):  # then on nothing but the batch size
+        machine = replace(machine, workers=1)
     return machine.draw(
         subject.score_of(task.sde, task.condition),
         subject.sdes[task.sde],
@@ -202,7 +205,7 @@ def _warm_up(task: Task, machine: Machine, ids: Tensor) -> None:
 
 
 @contextmanager
-def _within(seconds: float | None) -> Iterator[None]:
+def time_limit(seconds: float | None) -> Iterator[None]:
     """Interrupt what takes longer, where the system and the thread allow it."""
     if (
         seconds is None
@@ -216,7 +219,8 @@ def _within(seconds: float | None) -> Iterator[None]:
         raise CellTimeoutError(f"took longer than --cell-timeout {seconds:g} s")
 
     previous = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Again and again: what is raised in a destructor, or caught by the sampler, is lost.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:

@@ -12,11 +12,13 @@ from functools import cache
 from typing import Any, Literal
 
 from sde_diffusion.errors import unknown_name
+from sde_diffusion.importing import imported, is_import_path
 from solvers import adapters, methods
-from solvers.adapters import diffusers_
+from solvers.adapters import callables, diffusers_
 from solvers.base import Corrector, Integrator, Solver
 
 Kind = Literal["ODE", "SDE", "corrector"]
+_HERE = ("solvers.", "sde_diffusion.", "experiments.")
 SolverType = type[Solver] | type[Corrector] | type[Integrator]
 
 
@@ -74,14 +76,18 @@ def is_peer(solver: Solver | Corrector | Integrator) -> bool:
 
 
 def named(name: str) -> SolverType:
-    """The class called ``name`` in snake case, or ``diffusers:<ClassName>``.
+    """The class called ``name`` in snake case, ``diffusers:<ClassName>``, or a user's own,
+    ``package.module:Name``: a class, or a function (`solvers.adapters.callables`).
 
     Raises:
-        ValueError: unknown; lists the names and the nearest match.
+        ValueError: unknown; lists the names and the nearest match. A module that does not import,
+            or what it holds under that name is no solver.
         ImportError: a scheduler of diffusers, which is not installed.
     """
     if name.startswith(diffusers_.PREFIX):
         return diffusers_.scheduler_type(name.removeprefix(diffusers_.PREFIX))
+    if is_import_path(name):
+        return _users(name)
     entries = catalogue()
     if name not in entries:
         raise unknown_name("solver", name, entries)
@@ -89,9 +95,32 @@ def named(name: str) -> SolverType:
 
 
 def name_of(solver_type: type) -> str:
-    """The name under which a solver class is listed: its own in snake case, unless it has another
-    (``catalogue_name``)."""
-    return getattr(solver_type, "catalogue_name", None) or snake_case(solver_type.__name__)
+    """The name under which a solver class is found: its own in snake case, unless it has another
+    (``catalogue_name``); ``module:Name`` of a user's."""
+    name: str = getattr(solver_type, "catalogue_name", None) or snake_case(solver_type.__name__)
+    if ":" in name or solver_type.__module__.startswith(_HERE):
+        return name
+    return f"{solver_type.__module__}:{solver_type.__qualname__}"
+
+
+def is_users(solver: Solver | Corrector | Integrator) -> bool:
+    """Whether it is a user's own, of which nothing is known but what it shows when it is run."""
+    return is_import_path(name_of(type(solver)))
+
+
+def _users(path: str) -> SolverType:
+    found = imported(path, hint="; a solver of the catalogue is written NAME:key=value")
+    if inspect.isclass(found) and issubclass(found, (Solver, Corrector, Integrator)):
+        if inspect.isabstract(found):
+            missing = ", ".join(sorted(found.__abstractmethods__))
+            raise ValueError(f"{path} lacks {missing}")
+        return found
+    if inspect.isclass(found) or not callable(found):
+        raise ValueError(
+            f"{path} is not a solver; derive it from solvers.Solver, or name a function "
+            f"{callables.FORMS}"
+        )
+    return callables.sampler_type(path)
 
 
 def snake_case(name: str) -> str:

@@ -299,7 +299,7 @@ def test_a_users_own_class(here: Path) -> None:
     [
         ("ddimm", "unknown solver 'ddimm'"),
         ("nowhere:Mine", "'nowhere' cannot be imported from here"),
-        ("my_certified:Mein", "unknown class 'Mein'. Did you mean 'Mine'"),
+        ("my_certified:Mein", "unknown name 'Mein'. Did you mean 'Mine'"),
         ("my_certified:number", "my_certified:number is not a solver"),
         ("my_certified:Corrector", "is a corrector and does not sample by itself"),
         ("my_certified:Mine:eta=7", r"eta must lie in [0, 1], got 7"),

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import inspect
-import os
-import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
-from experiments.spec import Component, construct, parse_solver, read_settings, spec_of
-from sde_diffusion.errors import unknown_name
-from solvers import Corrector, Integrator, Solver, catalogue
+from experiments.spec import Component, parse_solver, spec_of
+from solvers import Integrator, Solver, catalogue
 from solvers.adapters.diffusers_ import PREFIX, SCHEDULERS
 from solvers.catalogue import peers as catalogued_peers
 
@@ -61,25 +56,9 @@ def make_candidates(
 
 
 def named_candidate(text: str, argument: str = "--solver") -> Candidate:
-    """``NAME[:settings]`` of the catalogue, or ``package.module:Class[:settings]``."""
-    if text.strip().startswith(PREFIX):
-        solver = parse_solver(text, argument)
-        return Candidate(spec_of(solver), solver)
-    module, _, rest = text.strip().partition(":")
-    kind, _, settings = rest.partition(":")
-    if "(" in module or not kind.strip().isidentifier():
-        solver = parse_solver(text, argument)
-        return Candidate(spec_of(solver), solver)
-    name = f"{module}:{kind}"
-    made = construct(
-        _imported(module, kind.strip(), argument), name, read_settings(settings, argument), argument
-    )
-    if isinstance(made, Corrector):
-        raise ValueError(
-            f"{argument} {name!r} is a corrector and does not sample by itself; certify a solver "
-            "that contains it"
-        )
-    return Candidate(f"{name}:{settings}" if settings else name, made)
+    """``NAME[:settings]`` of the catalogue, or ``package.module:Name[:settings]``."""
+    solver = parse_solver(text, argument)
+    return Candidate(spec_of(solver), solver)
 
 
 def catalogue_candidates(*, quick: bool = False) -> list[Candidate]:
@@ -145,30 +124,3 @@ def _made(kind: Any, settings: dict[str, Any]) -> Component | None:
     except ValueError:
         return None
     return solver
-
-
-def _imported(module: str, name: str, argument: str) -> type[Component]:
-    """A class from an importable module, those of the current directory included."""
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found = importlib.import_module(module)
-    except Exception as error:  # whatever a user's module does when it is run
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"{argument}: the module {module!r} cannot be imported from here ({why}); a solver of "
-            "the catalogue is written NAME:key=value"
-        ) from error
-    if not hasattr(found, name):
-        classes = [n for n, member in vars(found).items() if inspect.isclass(member)]
-        raise ValueError(f"{argument} {module}: {unknown_name('class', name, classes)}")
-    kind = getattr(found, name)
-    if not (inspect.isclass(kind) and issubclass(kind, Solver | Integrator | Corrector)):
-        raise ValueError(
-            f"{argument}: {module}:{name} is not a solver; derive it from solvers.Solver"
-        )
-    if inspect.isabstract(kind):
-        missing = ", ".join(sorted(kind.__abstractmethods__))
-        raise ValueError(f"{argument}: {module}:{name} lacks {missing}")
-    return kind
