@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from experiments.cli_train import train
 from experiments.failures import FAILED, OneLineGroup, guarded
 from experiments.interpolate_command import interpolate
 from experiments.likelihood_command import likelihood
@@ -246,50 +247,7 @@ def orders(
         raise typer.Exit(FAILED)
 
 
-@app.command()
-@guarded
-def train(
-    data: Annotated[
-        str,
-        typer.Argument(
-            metavar="DATA",
-            help="digits, a .npy file (labels beside it as NAME_labels.npy), or an image folder "
-            "(sub-folders are classes).",
-        ),
-    ],
-    sde: Annotated[str, typer.Option(help="vp, ve, subvp, cosine or edm.")] = "vp",
-    steps: Annotated[
-        int | None, typer.Option(help="Of the score network; the others in proportion.")
-    ] = None,
-    seed: Seed = 0,
-    labels: Annotated[
-        str | None, typer.Option(help="A .npy file of labels, for DATA that is a .npy file.")
-    ] = None,
-    out: Annotated[
-        str | None, typer.Option(help="Model folder to write. Default: runs/DATA-SDE.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where it was stopped.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a model that is already there.")
-    ] = False,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
-) -> None:
-    """Train the networks of a model folder: class-conditional score, classifier and judge.
-
-    Ctrl-C leaves a checkpoint; the same command with --resume goes on and ends with the same
-    weights.
-
-    [bold]Examples[/bold]
-
-      sde-diffusion train digits --sde vp
-
-      sde-diffusion train faces/ --sde ve --steps 20000 --out runs/faces
-
-      sde-diffusion compare --model runs/faces
-    """
-    from experiments.commands import run_train
-
-    run_train(data, sde, steps, seed, labels, out, resume, overwrite, checkpoint_every)
+app.command()(train)
 
 
 @app.command()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import time
-from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -17,11 +14,7 @@ from experiments.certify.report import draw_orders, tables
 from experiments.galleries import draw_pictures
 from experiments.plots import error_vs_steps
 from experiments.progress import ProgressBar
-from experiments.tables import comparison_tables, legend, make_console
-from sde_diffusion import SDES, named_sde
-from sde_diffusion.checkpoints import describe
-from sde_diffusion.data import load_data
-from sde_diffusion.errors import require_count, unknown_name
+from experiments.tables import comparison_tables, legend, make_console, wrote
 
 
 def run_compare(options: compare.CompareOptions) -> None:
@@ -36,7 +29,7 @@ def run_compare(options: compare.CompareOptions) -> None:
     for table in comparison_tables(outcome.folder.rows):
         console.print(table)
     console.print(legend(outcome.folder.rows), style="dim")
-    _wrote(console, outcome.folder.path, ["results.json", *(p.name for p in paths)], started)
+    wrote(console, outcome.folder.path, ["results.json", *(p.name for p in paths)], started)
 
 
 def run_steps(options: steps.StepsOptions) -> None:
@@ -49,7 +42,7 @@ def run_steps(options: steps.StepsOptions) -> None:
         error_vs_steps(folder.path / steps.PICTURE, folder.rows, metric="error")
     console = make_console()
     console.print(_slope_table(plan.subject.name, options.grid, fitted))
-    _wrote(console, folder.path, ["results.json", steps.PICTURE], started)
+    wrote(console, folder.path, ["results.json", steps.PICTURE], started)
 
 
 def run_orders(options: orders.OrdersOptions) -> bool:
@@ -75,7 +68,7 @@ def run_orders(options: orders.OrdersOptions) -> bool:
             f"{len(peers)} of diffusers measured, {missing} miss something they declare or are "
             "asked for; the exit code does not speak of them"
         )
-    _wrote(console, file.path, [orders.ORDERS, *([orders.PICTURE] if drawn else [])], started)
+    wrote(console, file.path, [orders.ORDERS, *([orders.PICTURE] if drawn else [])], started)
     return not failed
 
 
@@ -91,57 +84,7 @@ def run_sample(options: generate.SampleOptions) -> None:
         f"{len(drawn.x):,} samples of {plan.subject.name}, {drawn.nfe:g} evaluations each "
         f"({drawn.network_passes:g} network passes), {drawn.seconds:.2g} s of sampling"
     )
-    _wrote(console, written.folder, list(written.files), started)
-
-
-def run_train(
-    data: str,
-    sde: str,
-    steps: int | None,
-    seed: int,
-    labels: str | None,
-    out: str | None,
-    resume: bool,
-    overwrite: bool,
-    checkpoint_every: int,
-) -> None:
-    """``sde-diffusion train``."""
-    from sde_diffusion.training import train
-
-    if steps is not None:
-        require_count("--steps", steps)
-    require_count("--seed", seed, least=0)
-    require_count("--checkpoint-every", checkpoint_every)
-    if sde not in SDES:
-        raise unknown_name("--sde", sde, SDES)
-    process = named_sde(sde)
-    dataset = load_data(data, labels=labels)
-    stem = re.sub(r"[^A-Za-z0-9_.+-]", "_", Path(data).expanduser().resolve().stem or "data")
-    folder = out or str(Path("runs") / f"{stem}-{sde}")
-    console = make_console()
-    classes = f"{dataset.num_classes} classes" if dataset.num_classes else "no labels"
-    console.print(
-        f"{len(dataset.train_x):,} samples of shape {dataset.event_shape}, {classes}; "
-        f"{len(dataset.test_x):,} held out"
-    )
-    started = time.monotonic()
-    path = train(
-        dataset,
-        process,
-        folder,
-        steps=steps,
-        seed=seed,
-        resume=resume,
-        overwrite=overwrite,
-        checkpoint_every=checkpoint_every,
-        progress=make_console(error=True).is_terminal,
-    )
-    about = describe(path)
-    accuracy = about["training"].get("judge_accuracy")
-    judged = "" if accuracy is None else f", judge right on {accuracy:.1%} of held-out data"
-    console.print(f"{about['parameters']:,} weights in the score network{judged}")
-    _wrote(console, path, sorted(p.name for p in path.iterdir()), started)
-    console.print(f"next: sde-diffusion compare --model {path}", style="dim")
+    wrote(console, written.folder, list(written.files), started)
 
 
 def _slope_table(target: str, grid: str, fitted: list[steps.Fitted]) -> Table:
@@ -188,12 +131,3 @@ def _slope_table(target: str, grid: str, fitted: list[steps.Fitted]) -> Table:
     )
     table.caption_justify = "left"
     return table
-
-
-def _wrote(console: Console, folder: Path, names: list[str], started: float) -> None:
-    seconds = time.monotonic() - started
-    console.print(
-        Text.assemble(
-            ("wrote ", ""), (f"{folder}/", "bold"), f" {', '.join(names)}  in {seconds:.0f} s"
-        )
-    )

@@ -200,7 +200,7 @@ def _draw(plan: SamplePlan, path: Path, x: Tensor) -> None:
     condition = f", {plan.condition}" if str(plan.condition) else ""
     shown = x[:_SHOWN]
     if images and isinstance(subject, ModelSubject):
-        _image_grid(path, subject.judge.data.scaling.to_unit(shown))
+        image_grid(path, subject.judge.data.scaling.to_unit(shown))
         return
     density = _density(plan)
     truth = None
@@ -212,13 +212,13 @@ def _draw(plan: SamplePlan, path: Path, x: Tensor) -> None:
     samples_figure(path, [SampleGroup(title + condition, panel, truth, density)], columns=2)
 
 
-def _image_grid(path: Path, images: Tensor) -> None:
+def image_grid(path: Path, images: Tensor, limit: int = _SHOWN) -> None:
     """Images side by side, magnified by a whole number so that a grid is about 800 pixels wide."""
     from PIL import Image
 
     from experiments.pictures import tile_images
 
-    tiles = tile_images(images, limit=_SHOWN)
+    tiles = tile_images(images, limit=limit)
     magnified = max(1, 800 // max(tiles.shape[:2]))
     pixels = np.kron(tiles, np.ones((magnified, magnified, *[1] * (tiles.ndim - 2))))
     picture = Image.fromarray((pixels * 255).round().astype(np.uint8))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -28,6 +30,13 @@ def make_console(*, error: bool = False) -> Console:
     if not console.is_terminal:
         console = Console(stderr=error, highlight=False, width=max(console.width, 110))
     return console
+
+
+def wrote(console: Console, folder: Path, names: list[str], started: float) -> None:
+    """The last line of a command: which files, and how long it took."""
+    seconds = time.monotonic() - started
+    files = f" {', '.join(names)}  in {seconds:.0f} s"
+    console.print(Text.assemble("wrote ", (f"{folder}/", "bold"), files))
 
 
 def comparison_tables(rows: Rows) -> list[Table]:

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from sde_diffusion.data import DataDescription
 from sde_diffusion.errors import unknown_name
-from sde_diffusion.loop import seeded
 from sde_diffusion.networks import JudgeNet, NoisedClassifier, RandomFeatures, build_network
 from sde_diffusion.networks.classifier import ClassifierNet
 from sde_diffusion.parametrization import (
@@ -32,6 +31,7 @@ from sde_diffusion.parametrization import (
     EpsModel,
     ParametrizedModel,
     ScoreModel,
+    TableIndex,
     VModel,
     X0Model,
     continuous_time,
@@ -41,6 +41,7 @@ from sde_diffusion.parametrization import (
 from sde_diffusion.samples import Samples, chunks
 from sde_diffusion.schedules import sde_from_config
 from sde_diffusion.sde import SDE
+from sde_diffusion.seeding import seeded
 from sde_diffusion.storage import (
     PICKLED,
     CheckpointError,
@@ -51,6 +52,7 @@ from sde_diffusion.storage import (
     write_json,
     write_tensors,
 )
+from sde_diffusion.training_checkpoints import holds_checkpoints
 
 __all__ = [
     "CheckpointError",
@@ -234,6 +236,8 @@ def _config_of(network: nn.Module) -> dict[str, Any]:
 def _parametrization_config(model: ParametrizedModel) -> dict[str, Any]:
     kind = type(model).__name__
     labels = [name for name, function in _TIME_LABELS.items() if function is model.time_label]
+    if isinstance(model.time_label, TableIndex):
+        labels = ["table_index"]
     if kind not in _PARAMETRIZATIONS or not labels:
         what = kind if kind not in _PARAMETRIZATIONS else "its own time_label function"
         raise CheckpointError(
@@ -241,6 +245,8 @@ def _parametrization_config(model: ParametrizedModel) -> dict[str, Any]:
             f"with time_label {' or '.join(_TIME_LABELS)}"
         )
     config: dict[str, Any] = {"kind": kind, "time_label": labels[0], "null_label": model.null_label}
+    if isinstance(model.time_label, TableIndex):
+        config["table_steps"] = model.time_label.n
     if isinstance(model, EDMModel):
         config["sigma_data"] = model.sigma_data
     if isinstance(model, ScoreModel):
@@ -274,7 +280,7 @@ def _open(path: str | Path) -> tuple[Path, dict[str, Any]]:
             f"model {str(folder)!r} is a file; give the folder that holds {MODEL_FILE}"
         )
     if not (folder / MODEL_FILE).exists():
-        unfinished = (folder / "checkpoint.safetensors").exists()
+        unfinished = holds_checkpoints(folder)
         remedy = "its training is unfinished, continue it with --resume" if unfinished else _RETRAIN
         raise CheckpointError(f"{str(folder)!r} is not a model folder: no {MODEL_FILE}; {remedy}")
     info = read_json(folder / MODEL_FILE, _RETRAIN)
@@ -309,7 +315,10 @@ def load_model(path: str | Path) -> LoadedModel:
         }
         settings = dict(info["parametrization"])
         kind = settings.pop("kind")
-        settings["time_label"] = _TIME_LABELS[settings["time_label"]]
+        steps = settings.pop("table_steps", None)
+        settings["time_label"] = (
+            _TIME_LABELS[settings["time_label"]] if steps is None else TableIndex(steps)
+        )
         net, classifier, judge = (networks[name] for name in ("score", "classifier", "judge"))
         if net is None or not isinstance(judge, (JudgeNet, RandomFeatures)):
             raise ValueError("networks.score or networks.judge is missing")

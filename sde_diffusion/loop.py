@@ -1,35 +1,55 @@
-"""One network's training loop: AdamW, warm-up and cosine decay, clipping, EMA, and a state that can
-be saved.
+"""One network's training loop, on accelerate: AdamW, clipping, average of weights, and a state that
+can be saved.
 
-All randomness of step n comes from a generator seeded by (seed, stage, n), so the state is the
-weights, their average, the optimizer's moments and n; a loop that is saved and loaded goes on as if
-uninterrupted.
+All randomness of step n comes from a generator seeded by (seed, stage, n), on the CPU, so the state
+is the weights, their average, the optimizer's moments and n; a loop that is saved and loaded goes
+on as if uninterrupted. Every process draws the whole batch of a step and takes its own share of it,
+so the batch is the same whatever the number of processes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
-from sde_diffusion.errors import require_between, require_count, require_finite
+from sde_diffusion.accelerated import make_accelerator
+from sde_diffusion.seeding import generator_for, seeded
+from sde_diffusion.stage_settings import StageSettings
 
-__all__ = ["Loop", "NonFiniteLossError", "StageSettings", "generator_for", "seeded"]
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
-Objective = Callable[[nn.Module, torch.Generator], Tensor]
-_WORD = (1 << 64) - 1
+__all__ = [
+    "Batch",
+    "Loop",
+    "NonFiniteLossError",
+    "StageSettings",
+    "Standing",
+    "Task",
+    "generator_for",
+    "seeded",
+]
+
+Batch = tuple[Tensor | None, ...]
+LOOK_EVERY = 20  # steps between two looks at a GPU's loss: each one waits for the GPU
+COUNTS = ("watch", "updates", "scaler")  # of a loop's state: those that are no weight's
+_DROPOUT = 0x0D  # keeps the layers' own randomness apart from the batch's
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss became NaN or infinite; the weights were not updated with it.
+    """The loss or the gradient was NaN or infinite too often; no weight was updated with it.
 
     Attributes:
         stage: what was being trained.
-        step: the step at which it happened, counted from 0.
+        step: the last of the steps at which it happened, counted from 0.
     """
 
     def __init__(self, message: str, stage: str, step: int) -> None:
@@ -38,63 +58,32 @@ class NonFiniteLossError(ArithmeticError):
         self.step = step
 
 
-def generator_for(*keys: int) -> torch.Generator:
-    """A CPU generator seeded by all `keys` at once (splitmix64 mixing, Steele et al. 2014)."""
-    state = 0
-    for key in keys:
-        state = (state + key + 0x9E3779B97F4A7C15) & _WORD
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
-        state ^= state >> 31
-    return torch.Generator().manual_seed(state >> 1)
+class Task(NamedTuple):
+    """What one network learns.
 
+    Attributes:
+        draw: ``draw(generator)`` -> the tensors of one batch, first dimension B, on the CPU, with
+            all of its randomness; None for what the data does not have.
+        loss: ``loss(net, batch)`` -> (B,) for a part of such a batch on the network's device.
+    """
 
-def seeded(make: Callable[[], nn.Module], *keys: int) -> nn.Module:
-    """Build a network whose initial weights depend on `keys` alone, not on the global generator."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator_for(*keys).initial_seed())
-        return make()
+    draw: Callable[[torch.Generator], Batch]
+    loss: Callable[[nn.Module, Batch], Tensor]
 
 
 @dataclass(frozen=True)
-class StageSettings:
-    """How one network is trained.
+class Standing:
+    """What a look at the loop tells.
 
     Attributes:
-        steps: optimizer steps.
-        batch_size: samples per step, drawn with replacement.
-        learning_rate: peak of AdamW's, reached after the warm-up, then a cosine down to 0.
-        warmup: steps of linear warm-up, at most half of all.
-        weight_decay: AdamW's decoupled decay.
-        ema_decay: of the average of weights, which is what is kept; it warms up as (1 + n) / (10 +
-            n).
-        clip: largest norm of the gradient; a larger one is scaled down to it.
+        loss: of the last batch, over all processes.
+        skipped: updates that were skipped so far, their loss or gradient being NaN or infinite.
+        stopped: whether another process was asked to stop.
     """
 
-    steps: int
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    warmup: int = 200
-    weight_decay: float = 0.01
-    ema_decay: float = 0.999
-    clip: float = 1.0
-
-    def __post_init__(self) -> None:
-        require_count("steps", self.steps)
-        require_count("batch_size", self.batch_size)
-        require_count("warmup", self.warmup, least=0)
-        require_finite("learning_rate", self.learning_rate, above=0.0)
-        require_between("weight_decay", self.weight_decay, 0.0, 1.0)
-        require_between("ema_decay", self.ema_decay, 0.0, 1.0)
-        require_finite("clip", self.clip, above=0.0)
-
-    def rate(self, step: int) -> float:
-        """Learning rate of step `step`, counted from 0."""
-        warmup = min(self.warmup, self.steps // 2)
-        if step < warmup:
-            return self.learning_rate * (step + 1) / (warmup + 1)
-        done = (step - warmup) / max(1, self.steps - warmup)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    loss: float
+    skipped: int
+    stopped: bool
 
 
 class Loop:
@@ -103,84 +92,183 @@ class Loop:
     Args:
         stage: name, for messages.
         net: the network; trained in place.
-        objective: ``objective(net, generator)`` -> scalar loss of one batch, drawn with
-            `generator`.
+        task: the batches and their loss.
         settings: how.
         seed: first part of every step's seed.
         key: second part: a number of this stage's own.
+        accelerator: device, precision and processes; one process on the CPU by default.
+        accumulate: parts in which a batch goes through the network, one after the other, before
+            the weights are updated: less memory, the same gradient.
+        compile: compile the network with torch.compile.
+
+    Raises:
+        ValueError: the batch is smaller than the number of parts it is shared out in.
     """
 
     def __init__(
         self,
         stage: str,
         net: nn.Module,
-        objective: Objective,
+        task: Task,
         settings: StageSettings,
         seed: int,
         key: int,
+        *,
+        accelerator: Accelerator | None = None,
+        accumulate: int = 1,
+        compile: bool = False,
     ) -> None:
         self.stage = stage
-        self.net = net.train()
         self.average = copy.deepcopy(net).eval().requires_grad_(False)
-        self.objective = objective
+        self.task = task
         self.settings = settings
         self.seed = seed
         self.key = key
+        self.accelerator = accelerator or make_accelerator()
+        self.accumulate = accumulate
         self.done = 0
         self.whole = True  # False while an update is under way
+        self.stop = False  # to be told to all processes
+        device = self.accelerator.device
+        self._parts = accumulate * self.accelerator.num_processes
+        if settings.batch_size < self._parts:
+            raise ValueError(
+                f"batch_size={settings.batch_size} of the {stage} cannot be shared by "
+                f"{self.accelerator.num_processes} process(es) in {accumulate} part(s) each; "
+                "raise it"
+            )
+        self._raw = net.to(device).train()
+        self.average.to(device)
+        if compile:
+            self._raw.compile()
         self._weights: list[Tensor] = list(net.parameters())
         self._averages: list[Tensor] = list(self.average.parameters())
         self._optimizer = torch.optim.AdamW(
             self._weights,
             lr=settings.learning_rate,
-            betas=(0.9, 0.99),
+            betas=(settings.beta_1, settings.beta_2),
             weight_decay=settings.weight_decay,
             fused=True,
         )
+        self.net, self._stepper = self.accelerator.prepare(self._raw, self._optimizer)
+        self._random_layers = any(isinstance(m, _DropoutNd) and m.p > 0 for m in net.modules())
+        # Skipped updates, how many of them in a row by now, and the step at which the patience
+        # ended. On the device: reading them every step would make the GPU wait for the host.
+        self._watch = torch.tensor([0, 0, -1], device=device)
+        self._report = torch.zeros(3, device=device)
+        self._ahead = _Ahead(self._draw) if device.type != "cpu" else None
 
-    def step(self) -> float:
-        """One optimizer step; returns the loss before it.
+    @property
+    def look_every(self) -> int:
+        """Steps between two looks: 1 on the CPU, where a look costs nothing."""
+        return LOOK_EVERY if self._ahead is not None else 1
 
-        Raises:
-            NonFiniteLossError: the loss is NaN or infinite.
-        """
+    def step(self) -> Tensor:
+        """One optimizer step; returns the loss before it, 0-d, over all processes."""
         settings = self.settings
-        loss = self.objective(self.net, generator_for(self.seed, self.key, self.done))
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NonFiniteLossError(
-                f"the loss of the {self.stage} became {value} at step {self.done}; "
-                f"lower its learning rate ({settings.learning_rate:g}) "
-                f"or its clip ({settings.clip:g})",
-                self.stage,
-                self.done,
-            )
+        batch = self._draw(self.done) if self._ahead is None else self._ahead.take(self.done)
         self.whole = False
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self._weights, settings.clip)
+        with self._layers_seeded():
+            loss = self._backward(batch)
+        norm = self.accelerator.clip_grad_norm_(self._weights, settings.clip)
+        self._report = torch.stack([loss, (~loss.isfinite()).float(), loss.new_tensor(self.stop)])
+        if self.accelerator.num_processes > 1:
+            self._report = self.accelerator.reduce(self._report, "sum")
+        bad = self._report[1] > 0
+        if self.accelerator.scaler is None:
+            # The fused optimizer reads this on the device and leaves the weights as they are.
+            bad = bad | ~norm.isfinite()
+            self._optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         for group in self._optimizer.param_groups:
             group["lr"] = settings.rate(self.done)
-        self._optimizer.step()
-        decay = min(settings.ema_decay, (1 + self.done) / (10 + self.done))
+        self._stepper.step()
         with torch.no_grad():
-            torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
+            torch._foreach_lerp_(self._averages, self._weights, 1 - settings.decay(self.done))
+        self._count(bad)
         self.done += 1
         self.whole = True
-        return value
+        return self._report[0]
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """Gradients of this process's share of the batch; its share of the mean loss."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        total = torch.zeros((), device=self.accelerator.device)
+        for part in range(self.accumulate):
+            last = part == self.accumulate - 1
+            own = _share(batch, part * world + rank, self._parts, self.accelerator.device)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.net):
+                losses = self.task.loss(self.net, own)
+                loss = losses.mean()
+                share = len(losses) / self.settings.batch_size
+                if self._parts > 1:
+                    # Gradients are averaged over the processes, and the shares may differ by one.
+                    total = total + share * loss.detach()
+                    loss = share * world * loss
+                self.accelerator.backward(loss)
+        return total if self._parts > 1 else loss.detach()
+
+    def _count(self, bad: Tensor) -> None:
+        skipped, streak, ended = self._watch.unbind()
+        streak = (streak + 1) * bad
+        over = (streak >= self.settings.non_finite_patience) & (ended < 0)
+        self._watch = torch.stack(
+            [skipped + bad, streak, torch.where(over, torch.full_like(ended, self.done), ended)]
+        )
+
+    def look(self) -> Standing:
+        """How the loop stands; on a GPU this waits for it.
+
+        Raises:
+            NonFiniteLossError: `non_finite_patience` updates in a row were skipped.
+        """
+        skipped, _, ended = self._watch.tolist()
+        loss, _, stopped = self._report.tolist()
+        if ended >= 0:
+            patience = self.settings.non_finite_patience
+            times = f"{patience} steps in a row, the last one" if patience > 1 else "step"
+            raise NonFiniteLossError(
+                f"the loss or gradient of the {self.stage} was not finite at {times} {ended} "
+                f"(the loss is {loss:g}); lower its learning_rate "
+                f"({self.settings.learning_rate:g}) or its clip ({self.settings.clip:g})",
+                self.stage,
+                ended,
+            )
+        return Standing(loss, skipped, stopped > 0)
+
+    def _draw(self, step: int) -> Batch:
+        return self.task.draw(generator_for(self.seed, self.key, step))
+
+    @contextlib.contextmanager
+    def _layers_seeded(self) -> Iterator[None]:
+        """Dropout draws from the global generator: lend it a seed of this step's own."""
+        if not self._random_layers:
+            yield
+            return
+        device, rank = self.accelerator.device, self.accelerator.process_index
+        with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+            seed = generator_for(self.seed, self.key, self.done, _DROPOUT, rank).initial_seed()
+            torch.manual_seed(seed)
+            yield
 
     def state(self) -> dict[str, Tensor]:
         """Everything but the number of steps done, by name; a copy, contiguous."""
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {"watch": self._watch}
         for (name, weight), average in zip(
-            self.net.named_parameters(), self._averages, strict=True
+            self._raw.named_parameters(), self._averages, strict=True
         ):
             tensors[f"net.{name}"] = weight
             tensors[f"ema.{name}"] = average
             moments = self._optimizer.state.get(weight)
             if moments:
+                tensors["updates"] = moments["step"]
                 tensors[f"first.{name}"] = moments["exp_avg"]
                 tensors[f"second.{name}"] = moments["exp_avg_sq"]
+        if self.accelerator.scaler is not None:
+            scaler = self.accelerator.scaler.state_dict()
+            tensors["scaler"] = torch.tensor(
+                [scaler["scale"], scaler["_growth_tracker"]], dtype=torch.float64
+            )
         return {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
 
     def load(self, tensors: dict[str, Tensor], done: int) -> None:
@@ -192,16 +280,59 @@ class Loop:
         """
         with torch.no_grad():
             for (name, weight), average in zip(
-                self.net.named_parameters(), self._averages, strict=True
+                self._raw.named_parameters(), self._averages, strict=True
             ):
                 weight.copy_(tensors[f"net.{name}"])
                 average.copy_(tensors[f"ema.{name}"])
-                if not done:
+                if f"first.{name}" not in tensors:  # no gradient has reached it yet
                     continue
                 # In the weight's own memory layout: the fused optimizer walks memory, not indices.
                 self._optimizer.state[weight] = {
-                    "step": torch.tensor(float(done)),
+                    "step": tensors["updates"].to(weight.device, torch.float32, copy=True),
                     "exp_avg": torch.empty_like(weight).copy_(tensors[f"first.{name}"]),
                     "exp_avg_sq": torch.empty_like(weight).copy_(tensors[f"second.{name}"]),
                 }
+        self._watch = tensors["watch"].to(self._watch.device)
+        scaler = self.accelerator.scaler
+        if scaler is not None and "scaler" in tensors:
+            scale, tracker = tensors["scaler"].tolist()
+            scaler.load_state_dict(
+                {**scaler.state_dict(), "scale": scale, "_growth_tracker": int(tracker)}
+            )
         self.done = done
+
+    def close(self) -> None:
+        """Let go of what accelerate and the drawing thread hold."""
+        if self._ahead is not None:
+            self._ahead.close()
+        self.accelerator.free_memory()
+
+
+def _share(batch: Batch, part: int, parts: int, device: torch.device) -> Batch:
+    """Every `parts`-th sample from `part` on, so that sorted times are shared out evenly."""
+    if parts > 1:
+        batch = tuple(None if x is None else x[part::parts] for x in batch)
+    if device.type == "cpu":
+        return batch
+    return tuple(None if x is None else x.to(device, non_blocking=True) for x in batch)
+
+
+class _Ahead:
+    """Draws the next step's batch, in a thread and into pinned memory, while the GPU works."""
+
+    def __init__(self, draw: Callable[[int], Batch]) -> None:
+        self._make = draw
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._next: tuple[int, Future[Batch]] | None = None
+
+    def take(self, step: int) -> Batch:
+        ready = self._next is not None and self._next[0] == step
+        batch = self._next[1].result() if ready and self._next else self._pinned(step)
+        self._next = step + 1, self._thread.submit(self._pinned, step + 1)
+        return batch
+
+    def _pinned(self, step: int) -> Batch:
+        return tuple(None if x is None else x.pin_memory() for x in self._make(step))
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -37,11 +38,23 @@ def scaled_time(scale: float) -> TimeLabel:
     return lambda level: scale * level.t
 
 
-def table_index(n: int) -> TimeLabel:
+@dataclass(frozen=True)
+class TableIndex:
     """The integer step ``i`` of a chain of ``n`` steps whose times are ``(i + 1) / n``, by
     rounding."""
-    require_count("n", n)
-    return lambda level: (level.t * n).round().long().sub(1).clamp(0, n - 1)
+
+    n: int
+
+    def __post_init__(self) -> None:
+        require_count("n", self.n)
+
+    def __call__(self, level: NoiseLevel) -> Tensor:
+        return (level.t * self.n).round().long().sub(1).clamp(0, self.n - 1)
+
+
+def table_index(n: int) -> TimeLabel:
+    """The `TableIndex` of a chain of ``n`` steps."""
+    return TableIndex(n)
 
 
 def edm_noise_label(level: NoiseLevel) -> Tensor:

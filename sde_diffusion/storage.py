@@ -44,6 +44,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        _keep_name(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -51,6 +52,18 @@ def write_bytes(path: Path, content: bytes) -> None:
             f"cannot write {str(path)!r} ({error.strerror or error}); "
             "give an output folder that is writable and has room"
         ) from error
+
+
+def _keep_name(folder: Path) -> None:
+    """Write a folder's names to the disk too, where the system can: a renamed file outlives a power
+    cut."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -110,7 +123,8 @@ def read_tensors(
             given.
     """
     content = _read_bytes(path, remedy)
-    if content[:2] == b"PK" or content[:1] == b"\x80":
+    # safetensors begin with the length of their header, any number, and its first brace.
+    if content[8:9] != b"{" and (content[:2] == b"PK" or content[:1] == b"\x80"):
         raise CheckpointError(
             f"{str(path)!r} is a pickled file, which can run code when it is read, and is refused; "
             "convert it with safetensors.torch.save_file(state_dict, path)"
@@ -160,7 +174,7 @@ def fit_tensors(
     if problems:
         shown = "; ".join(problems[:6]) + ("; ..." if len(problems) > 6 else "")
         raise CheckpointError(
-            f"{str(path)!r} does not match the network in its model.json: {shown}. "
+            f"{str(path)!r} does not match the network that is configured: {shown}. "
             "Restore the file that belongs to it, or train the model again"
         )
     return {name: found[name].to(tensor.dtype) for name, tensor in expected.items()}

@@ -1,9 +1,9 @@
 """Training a model folder from data: score network, classifier of noised inputs, judge of clean
 ones.
 
-The three are trained in this order by `Loop`s. A run that is interrupted leaves one file,
-``checkpoint.safetensors``, in the output folder; resumed, it ends with the same weights, bit for
-bit on one machine, as a run that was not.
+The three are trained in this order by `Loop`s. A run that is interrupted, or killed, leaves its
+``checkpoints`` in the output folder; resumed, it ends with the same weights, bit for bit on one CPU
+process, as a run that was not.
 """
 
 from __future__ import annotations
@@ -16,16 +16,23 @@ from pathlib import Path
 from typing import Any
 
 from sde_diffusion.data import Dataset, load_data
-from sde_diffusion.errors import require_count
 from sde_diffusion.loop import NonFiniteLossError, StageSettings
 from sde_diffusion.samples import all_finite
 from sde_diffusion.sde import SDE
 from sde_diffusion.training_run import Run
-from sde_diffusion.training_settings import Progress, TrainingInterrupted, TrainSettings
+from sde_diffusion.training_settings import (
+    Progress,
+    RunOptions,
+    SampleSheet,
+    TrainingInterrupted,
+    TrainSettings,
+)
 
 __all__ = [
     "NonFiniteLossError",
     "Progress",
+    "RunOptions",
+    "SampleSheet",
     "StageSettings",
     "TrainSettings",
     "TrainingInterrupted",
@@ -45,15 +52,19 @@ def train(
     progress: bool = True,
     settings: TrainSettings | None = None,
     on_step: Callable[[Progress], None] | None = None,
-    checkpoint_every: int = 500,
+    options: RunOptions | None = None,
+    sheet: SampleSheet | None = None,
 ) -> Path:
     """Train the networks of a model folder and write it.
 
     With labels: a class-conditional score network, a classifier of noised inputs, and a judge.
     Without: an unconditional score network, no classifier, and `RandomFeatures` of the data in the
-    judge's place. Images get a U-Net, other shapes an MLP. Where the SDE scales the signal down
-    (VP, sub-VP, cosine) the network predicts eps and times are uniform; where it does not (VE, EDM)
-    it is EDM-preconditioned and noise levels are log-normal.
+    judge's place. What `settings` leave open is chosen so: images get a U-Net, other shapes an MLP;
+    where the SDE scales the signal down (VP, sub-VP, cosine) the network predicts eps and times are
+    uniform; where it does not (VE, EDM) it is EDM-preconditioned and noise levels are log-normal.
+
+    Started by ``torchrun`` or ``accelerate launch``, each process takes its share of every batch;
+    the first one writes the files.
 
     Args:
         data: as `load_data` takes it, or a `Dataset`.
@@ -61,37 +72,38 @@ def train(
         out: the model folder to write.
         steps: of the score network; the others follow in proportion. Default: as in `settings`.
         seed: of initial weights, batches, times and noise. The global generator is not used.
-        resume: go on from the checkpoint in `out`; all other arguments must be those it was started
-            with.
+        resume: go on from the last checkpoint in `out`; data, SDE, seed and settings must be those
+            it was started with.
         overwrite: replace a model that is already in `out`.
         progress: show a bar.
-        settings: everything else.
-        on_step: called after every step; a KeyboardInterrupt it raises stops training like Ctrl-C.
-        checkpoint_every: steps between checkpoints.
+        settings: everything else that the weights depend on.
+        on_step: called after every step; a KeyboardInterrupt it raises stops training like Ctrl-C
+            (where there is one process).
+        options: checkpoints, validation, sample sheets, trackers, device.
+        sheet: draws a sample sheet, every ``options.samples_every`` steps.
 
     Raises:
         ValueError: arguments or data that do not fit.
         CheckpointError: `out` cannot be used, or there is nothing (or something else) to resume.
-        TrainingInterrupted: Ctrl-C; a checkpoint was written.
-        NonFiniteLossError: the loss is NaN or infinite; the last checkpoint is kept.
+        TrainingInterrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+        NonFiniteLossError: the loss is NaN or infinite for as many steps as a stage's patience; the
+            last checkpoint is kept.
     """
     dataset = data if isinstance(data, Dataset) else load_data(data)
     settings = settings or TrainSettings()
     if steps is not None:
         settings = settings.with_steps(steps)
-    require_count("checkpoint_every", checkpoint_every)
     _check_labels(dataset)
-    run = Run(dataset, sde, Path(out).expanduser(), settings, seed, checkpoint_every)
+    run = Run(dataset, sde, Path(out).expanduser(), settings, seed, options or RunOptions(), sheet)
     if not run.prepare(resume, overwrite):
         return run.out
-    with _bar(run.lengths, progress) as show, _deferred_interrupt() as interrupted:
+    with _bar(run.lengths, progress and run.main) as show, _deferred_interrupt() as interrupted:
 
-        def report(event: Progress) -> None:
+        def report(event: Progress) -> bool:
             show(event)
             if on_step is not None:
                 on_step(event)
-            if interrupted():
-                raise KeyboardInterrupt
+            return interrupted()
 
         for stage in run.lengths:
             run.train_stage(stage, report)
@@ -121,12 +133,13 @@ def _check_labels(data: Dataset) -> None:
 
 @contextlib.contextmanager
 def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Hold the first Ctrl-C back until a step is over; a second one acts at once."""
+    """Hold the first Ctrl-C or SIGTERM back until a step is over; a second one acts at once."""
     pressed = False
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    previous = signal.getsignal(signal.SIGINT)
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    previous = {kind: signal.getsignal(kind) for kind in kinds}
 
     def hold(signum: int, frame: Any) -> None:
         nonlocal pressed
@@ -134,11 +147,13 @@ def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         pressed = True
 
-    signal.signal(signal.SIGINT, hold)
+    for kind in kinds:
+        signal.signal(kind, hold)
     try:
         yield lambda: pressed
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for kind, handler in previous.items():
+            signal.signal(kind, handler)
 
 
 @contextlib.contextmanager
@@ -170,6 +185,8 @@ def _bar(lengths: dict[str, int], shown: bool) -> Iterator[Callable[[Progress], 
                 bar.start_task(tasks[event.stage])
                 started.add(event.stage)
             if event.step % 10 == 0 or event.step == event.steps:
-                bar.update(tasks[event.stage], completed=event.step, loss=f"{event.loss:.4f}")
+                skipped = f", {event.skipped} skipped" if event.skipped else ""
+                loss = f"{event.loss:.4f}{skipped}"
+                bar.update(tasks[event.stage], completed=event.step, loss=loss)
 
         yield show

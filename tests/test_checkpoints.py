@@ -167,7 +167,8 @@ def test_folders_that_are_not_there(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"judge\.safetensors' is missing"):
         load_model(tmp_path / "other")
     (tmp_path / "other" / "model.json").unlink()
-    (tmp_path / "other" / "checkpoint.safetensors").touch()
+    (tmp_path / "other" / "checkpoints").mkdir()
+    (tmp_path / "other" / "checkpoints" / "manifest.json").touch()
     with pytest.raises(CheckpointError, match="unfinished, continue it with --resume"):
         load_model(tmp_path / "other")
 
@@ -184,6 +185,17 @@ def test_pickled_files_are_refused(tmp_path: Path, folder: Path) -> None:
     shutil.copy(tmp_path / "weights.pt", folder / "score.safetensors")
     with pytest.raises(CheckpointError, match=r"score\.safetensors' is a pickled file"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("size", [0x80, 0x280, 0x4B50], ids=hex)
+def test_a_header_whose_length_looks_like_a_pickle_is_none(tmp_path: Path, size: int) -> None:
+    """Its first bytes are any number: one in 32 begins like a pickle, some like a zip file."""
+    file = tmp_path / "a.safetensors"
+    write_tensors(file, {"x": torch.zeros(1)}, {"p": ""})
+    missing = size - int.from_bytes(file.read_bytes()[:8], "little")
+    write_tensors(file, {"x": torch.zeros(1)}, {"p": "." * missing})
+    assert file.read_bytes()[0] == size % 256
+    assert torch.equal(read_tensors(file)[0]["x"], torch.zeros(1))
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])

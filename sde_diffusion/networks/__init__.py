@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,6 +59,10 @@ def build_network(config: dict[str, Any]) -> nn.Module:
     kind = settings.pop("kind", None)
     if kind not in _KINDS:
         raise unknown_name("network kind", kind, _KINDS)
+    known = inspect.signature(_KINDS[kind]).parameters
+    for name in settings:
+        if name not in known:
+            raise unknown_name(f"setting of network {kind!r}", name, known)
     try:
         return _KINDS[kind](**settings)
     except TypeError as error:
