@@ -10,6 +10,8 @@ Run: ``python -m benchmarks.adaptive``
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +22,9 @@ from sde_diffusion import SDE, ScoreFn, named_sde, named_target
 from solvers import Adaptive, BogackiShampine, CounterNoise, DormandPrince, Tsitouras, sample
 from solvers.methods.probability_flow import ProbabilityFlow
 
-SAMPLES = 32
-TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+SAMPLES = 64
+FINE_STEPS = 1500
+TOLERANCES = tuple(10 ** (-k / 2) for k in range(4, 15))
 ERRORS = (1e-2, 1e-3, 1e-4, 1e-5)
 
 
@@ -50,38 +53,47 @@ def evaluations_at(error: float, runs: list[tuple[float, float]]) -> float:
     return float(np.exp(np.interp(math.log(error), errors, counts, math.nan, math.nan)))
 
 
+def measure(target_name: str, sde_name: str) -> dict[str, Any]:
+    """``dopri5`` and each pair: ``[[RMS, evaluations], ...]`` by tolerance; ``ratios``: at each
+    RMS, ours over theirs of the pair that needs fewest, and its name (None outside the range)."""
+    sde, target = named_sde(sde_name), named_target(target_name)
+    score_fn = target.score_fn(sde)
+    like = torch.empty(SAMPLES, target.dimension, dtype=torch.float64)
+    x = CounterNoise(0).prior(like) * sde.prior_std()
+    fine = sample(score_fn, sde, ProbabilityFlow("rk4"), x=x, steps=FINE_STEPS, grid="log_snr").x
+
+    def rms(end: Tensor) -> float:
+        return float((end - fine).square().mean().sqrt())
+
+    raw = (raw_dopri5(score_fn, sde, x, tolerance) for tolerance in TOLERANCES)
+    peer = [(rms(end), nfe) for end, nfe in raw]
+    found: dict[str, Any] = {"dopri5 in t": peer}
+    for pair in (BogackiShampine(), DormandPrince(), Tsitouras()):
+        runs = (sample(score_fn, sde, pair, x=x, plan=Adaptive(t, t)) for t in TOLERANCES)
+        found[type(pair).__name__] = [(rms(run.x), float(run.nfe)) for run in runs]
+    found["ratios"] = {
+        f"{error:.0e}": _least(
+            (evaluations_at(error, runs) / evaluations_at(error, peer), name)
+            for name, runs in found.items()
+            if runs is not peer
+        )
+        for error in ERRORS
+    }
+    return found
+
+
+def _least(ratios: Iterable[tuple[float, str]]) -> tuple[float | None, str]:
+    return min((pair for pair in ratios if math.isfinite(pair[0])), default=(None, "-"))
+
+
 def main() -> None:
-    pairs = (BogackiShampine(), DormandPrince(), Tsitouras())
     for target_name in ("ring", "gmm16"):
         for sde_name in ("vp", "ve"):
-            sde, target = named_sde(sde_name), named_target(target_name)
-            score_fn = target.score_fn(sde)
-            like = torch.empty(SAMPLES, target.dimension, dtype=torch.float64)
-            x = CounterNoise(0).prior(like) * sde.prior_std()
-            fine = sample(score_fn, sde, ProbabilityFlow("rk4"), x=x, steps=1500, grid="log_snr").x
-
-            def rms(end: Tensor, fine: Tensor = fine) -> float:
-                return float((end - fine).square().mean().sqrt())
-
-            raw = [raw_dopri5(score_fn, sde, x, tolerance) for tolerance in TOLERANCES]
-            peer = [(rms(end), nfe) for end, nfe in raw]
-            print(f"{target_name} {sde_name}: dopri5 in t " + _list(peer))
-            for pair in pairs:
-                mine = []
-                for tolerance in TOLERANCES:
-                    run = sample(score_fn, sde, pair, x=x, plan=Adaptive(tolerance, tolerance))
-                    mine.append((rms(run.x), float(run.nfe)))
-                ratios = (evaluations_at(e, mine) / evaluations_at(e, peer) for e in ERRORS)
-                print(f"  {type(pair).__name__:16} " + _list(mine))
-                print(
-                    "    evaluations over dopri5's at equal RMS: "
-                    + ", ".join(f"{e:.0e} {r:.2f}" for e, r in zip(ERRORS, ratios, strict=True)),
-                    flush=True,
-                )
-
-
-def _list(runs: list[tuple[float, float]]) -> str:
-    return " ".join(f"{nfe:.0f}:{error:.1e}" for error, nfe in runs)
+            found = measure(target_name, sde_name)
+            print(target_name, sde_name, found.pop("ratios"))
+            for name, runs in found.items():
+                shown = " ".join(f"{nfe:.0f}:{error:.1e}" for error, nfe in runs)
+                print(f"  {name:16} {shown}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,22 @@ from typing import Annotated
 import typer
 
 from experiments.cli_train import train
+from experiments.compare_command import compare
 from experiments.failures import FAILED, OneLineGroup, guarded
 from experiments.interpolate_command import interpolate
 from experiments.likelihood_command import likelihood
 from experiments.noise_scales_command import noise_scales
+from experiments.options import (
+    OUT_HELP,
+    SOLVER_HELP,
+    Batch,
+    Denoise,
+    Device,
+    Grid,
+    Seed,
+    whole_numbers,
+)
+from experiments.restore_command import restore
 
 app = typer.Typer(
     name="sde-diffusion",
@@ -27,125 +39,7 @@ app = typer.Typer(
     "other.\n\nStart with: [bold]sde-diffusion compare[/bold]",
 )
 
-SOLVER_HELP = (
-    "NAME or NAME:key=value,key=value, as in probability_flow:method=rk4; repeatable. "
-    "See: sde-diffusion solvers."
-)
-GRID_HELP = "Times of the steps: time, log_snr, karras, quadratic, cosine; default: the SDE's own."
-OUT_HELP = (
-    "Folder to write; an earlier run in it is written over, any other folder that is not empty "
-    "is refused."
-)
-Seed = Annotated[int, typer.Option(help="Of all randomness; same seed, same results.")]
-Batch = Annotated[
-    int | None,
-    typer.Option("--batch-size", help="Samples at a time; the results do not depend on it."),
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
-Denoise = Annotated[
-    bool,
-    typer.Option("--denoise/--no-denoise", help="End with the estimate of x0; one evaluation."),
-]
-Grid = Annotated[str | None, typer.Option(help=GRID_HELP)]
-
-
-@app.command()
-@guarded
-def compare(
-    target: Annotated[
-        list[str] | None,
-        typer.Option(help="An exact target's name, or digits; repeatable. Default: ring, digits."),
-    ] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="Folder of a trained model (or a shipped one's name); repeatable."),
-    ] = None,
-    sde: Annotated[
-        list[str] | None,
-        typer.Option(help="vp, ve, subvp, cosine, edm; repeatable. Default: vp, ve."),
-    ] = None,
-    solver: Annotated[
-        list[str] | None,
-        typer.Option(help=SOLVER_HELP + " Default: the four families the project is named for."),
-    ] = None,
-    nfe: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Score evaluations per sample; repeatable or 10,20. Default: 10,20,50,100."
-        ),
-    ] = None,
-    guidance: Annotated[
-        list[str] | None, typer.Option(help="none, classifier or cfg; repeatable. Default: none.")
-    ] = None,
-    scale: Annotated[
-        list[str] | None,
-        typer.Option(help="γ: 0 unconditional, 1 conditional; repeatable or 1,3. Default: 1."),
-    ] = None,
-    label: Annotated[
-        str | None,
-        typer.Option(
-            help="A class, all (each in turn) or none. Default: all for conditional networks and "
-            "wherever guided, none for exact targets."
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Real data to compare a model's samples with: .npy or image folder."),
-    ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(help="Samples in a repeat. Default: 2000 of exact targets, 100 of networks."),
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="Independent repeats, for standard errors.")] = 3,
-    seed: Seed = 0,
-    batch_size: Batch = None,
-    device: Device = "cpu",
-    grid: Grid = None,
-    denoise: Denoise = False,
-    out: Annotated[
-        str | None, typer.Option(help=OUT_HELP + " Default: runs/compare-…, by the options.")
-    ] = None,
-) -> None:
-    """Compare solvers × SDEs × evaluations × guidance, at equal numbers of evaluations.
-
-    A solver that costs two evaluations a step gets half the steps. Writes results.json and three
-    pictures, and prints a table with standard errors and the floor: what true samples score.
-
-    [bold]Examples[/bold]
-
-      sde-diffusion compare
-
-      sde-diffusion compare --target moons --sde vp --nfe 8,16,32 --solver ddim
-      --solver probability_flow:method=rk4
-
-      sde-diffusion compare --target ring --guidance cfg --guidance classifier --scale 1,3 --label 2
-
-      sde-diffusion compare --model runs/mine --data faces/ --nfe 20,50
-    """
-    from experiments.commands import run_compare
-    from experiments.compare import BUDGETS, SOLVERS, CompareOptions
-
-    run_compare(
-        CompareOptions(
-            targets=target or (),
-            models=model or (),
-            sdes=sde or (),
-            solvers=solver or SOLVERS,
-            budgets=_whole_numbers("--nfe", nfe) or BUDGETS,
-            guidances=guidance or ("none",),
-            scales=_numbers("--scale", scale),
-            label=label,
-            data=data,
-            samples=samples,
-            repeats=repeats,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-            grid=grid,
-            denoise=denoise,
-            out=out,
-        )
-    )
+app.command()(compare)
 
 
 @app.command()
@@ -192,7 +86,7 @@ def steps(
             target=target,
             sdes=sde or ("vp", "ve"),
             solvers=solver or SOLVERS,
-            counts=_whole_numbers("--steps", counts) or COUNTS,
+            counts=whole_numbers("--steps", counts) or COUNTS,
             samples=samples,
             repeats=repeats,
             seed=seed,
@@ -316,6 +210,7 @@ def sample(
 
 app.command()(likelihood)
 app.command()(interpolate)
+app.command()(restore)
 
 
 @app.command()
@@ -345,31 +240,3 @@ app.command("noise-scales")(noise_scales)
 def main() -> None:
     """The console script."""
     app()
-
-
-def _whole_numbers(option: str, texts: list[str] | None) -> list[int]:
-    numbers = []
-    for text in _parts(texts):
-        try:
-            numbers.append(int(text))
-        except ValueError:
-            raise ValueError(
-                f"{option} must be whole numbers, as in {option} 10,20; got {text!r}"
-            ) from None
-    return numbers
-
-
-def _numbers(option: str, texts: list[str] | None) -> list[float]:
-    numbers = []
-    for text in _parts(texts):
-        try:
-            numbers.append(float(text))
-        except ValueError:
-            raise ValueError(
-                f"{option} must be numbers, as in {option} 1,3; got {text!r}"
-            ) from None
-    return numbers
-
-
-def _parts(texts: list[str] | None) -> list[str]:
-    return [part.strip() for text in texts or [] for part in text.split(",")]

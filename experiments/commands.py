@@ -17,8 +17,8 @@ from experiments.progress import ProgressBar
 from experiments.tables import comparison_tables, legend, make_console, wrote
 
 
-def run_compare(options: compare.CompareOptions) -> None:
-    """``sde-diffusion compare``."""
+def run_compare(options: compare.CompareOptions) -> int:
+    """``sde-diffusion compare``; how many rows failed."""
     started = time.monotonic()
     plan = compare.make_plan(options)
     with ProgressBar() as bar:
@@ -29,7 +29,12 @@ def run_compare(options: compare.CompareOptions) -> None:
     for table in comparison_tables(outcome.folder.rows):
         console.print(table)
     console.print(legend(outcome.folder.rows), style="dim")
-    wrote(console, outcome.folder.path, ["results.json", *(p.name for p in paths)], started)
+    for row in outcome.failed:
+        where = f"{row['target']} · {row['sde']} · {row['spec']} · {row['budget'] or 'own steps'}"
+        console.print(Text.assemble((f"{row['status']}: ", "red"), f"{where}: {row['error']}"))
+    files = ["results.json", "cells.parquet", *(p.name for p in paths)]
+    wrote(console, outcome.folder.path, files, started)
+    return len(outcome.failed)
 
 
 def run_steps(options: steps.StepsOptions) -> None:

@@ -31,12 +31,14 @@ class Drawn:
     Attributes:
         x: (N, *event), on the CPU.
         seconds: wall time for all of them.
+        batch_size: samples in the largest chunk.
     """
 
     x: Tensor
     nfe: float
     network_passes: float
     seconds: float
+    batch_size: int
 
 
 class _Stopped(Exception):  # noqa: N818
@@ -74,6 +76,9 @@ class Machine:
     ) -> Drawn:
         """The samples with these ids.
 
+        A chunk for which memory does not suffice is halved until it does, and so are all after it:
+        the samples are the same.
+
         Args:
             score_of: the score for a batch, given its ids.
             ids: (N,) long.
@@ -82,15 +87,8 @@ class Machine:
         """
         share = -(-len(ids) // self.workers)
         size = self.batch_size or max(1, min(suggested, share))
-        chunks = list(ids.split(size))
-        stop = threading.Event()
 
-        def look(done: int, total: int) -> None:
-            if stop.is_set():
-                raise _Stopped
-
-        def one(part: Tensor) -> Solution:
-            look(0, 0)
+        def one(part: Tensor, look: Callable[[int, int], None]) -> Solution:
             return sample(
                 score_of(part),
                 sde,
@@ -106,8 +104,18 @@ class Machine:
                 progress=look,
             )
 
-        started = time.perf_counter()
-        solutions = _side_by_side(one, chunks, self.workers, stop)
+        while True:
+            chunks = list(ids.split(size))
+            started = time.perf_counter()
+            try:
+                solutions = _side_by_side(one, chunks, self.workers)
+                break
+            except RuntimeError as error:
+                if not _out_of_memory(error) or size == 1:
+                    raise
+            size = -(-size // 2)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
         seconds = time.perf_counter() - started
         weights = [len(part) / len(ids) for part in chunks]
         return Drawn(
@@ -115,6 +123,7 @@ class Machine:
             _rounded(sum(w * s.nfe for w, s in zip(weights, solutions, strict=True))),
             _rounded(sum(w * s.network_passes for w, s in zip(weights, solutions, strict=True))),
             seconds,
+            size,
         )
 
 
@@ -148,19 +157,32 @@ def one_thread_each() -> Iterator[None]:
 
 
 def _side_by_side(
-    one: Callable[[Tensor], Solution], chunks: list[Tensor], workers: int, stop: threading.Event
+    one: Callable[[Tensor, Callable[[int, int], None]], Solution],
+    chunks: list[Tensor],
+    workers: int,
 ) -> list[Solution]:
+    stop = threading.Event()
+
+    def look(done: int, total: int) -> None:
+        if stop.is_set():
+            raise _Stopped
+
     if workers == 1 or len(chunks) == 1:
-        return [one(part) for part in chunks]
+        return [one(part, look) for part in chunks]
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        futures = [pool.submit(one, part) for part in chunks]
+        futures = [pool.submit(one, part, look) for part in chunks]
         return [future.result() for future in futures]
     except BaseException:
         stop.set()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch, on any device, says that memory does not suffice."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _rounded(count: float) -> float:

@@ -18,7 +18,7 @@ R = TypeVar("R")
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 _CLICK_ERROR: Any = typer.BadParameter.__mro__[2]
 
-USAGE, FAILED, INTERRUPTED = 2, 1, 130
+USAGE, FAILED, PARTLY, INTERRUPTED = 2, 1, 3, 130
 TRACEBACK = "SDE_DIFFUSION_TRACEBACK"  # set it to anything to see where an error came from
 
 
@@ -26,7 +26,8 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
     """A command whose errors become one line on stderr and an exit code.
 
     2: the arguments do not fit (``ValueError``, ``TypeError``; nothing was done). 1: the run
-    failed: a score that is not finite, a solver that gave up, a disk that is full. 130: Ctrl-C.
+    failed: a score that is not finite, a solver that gave up, a disk that is full. 3: some cells of
+    a comparison failed, the others are there. 130: Ctrl-C.
     """
 
     @functools.wraps(command)
@@ -43,7 +44,7 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
                 raise
             say(str(error))
             raise typer.Exit(USAGE) from None
-        except (ArithmeticError, RuntimeError, OSError) as error:
+        except (ArithmeticError, RuntimeError, OSError, ImportError) as error:
             if os.environ.get(TRACEBACK):
                 raise
             say(str(error) or type(error).__name__)

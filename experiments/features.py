@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from experiments.conditions import ALL
-from experiments.estimates import Estimate, estimate
 from experiments.metrics import frechet_from_moments, label_accuracy
 from sde_diffusion.checkpoints import FeatureStatistics, LoadedModel
 from sde_diffusion.data import Dataset
@@ -51,28 +50,28 @@ class FeatureSpace:
         """Share of samples (N, *event) that the judge takes for their label."""
         return label_accuracy(self._judge(x.float()), labels)
 
-    def floor(self, samples: int, repeats: int, label: Which) -> dict[str, Estimate]:
-        """What held-out real data scores, in blocks of ``samples`` where it has as many.
+    def floor(self, samples: int, repeat: int, label: Which) -> dict[str, float]:
+        """What a block of ``samples`` held-out real samples scores, the ``repeat``-th one.
 
         Held-out data serves no two blocks; where there is less than one block of it, all of it is
-        one, and its size is the smaller one. Empty where the data is not at hand.
+        one, and its size is the smaller one. Empty where the data is not at hand or used up.
         """
         if self._data is None:
             stored = self._model.reference
-            if label is not None or "test" not in stored:
+            if label is not None or "test" not in stored or repeat:
                 return {}
             train, test = stored["train"], stored["test"]
             value = frechet_from_moments(test.mean, test.covariance, train.mean, train.covariance)
-            return {"frechet": Estimate(value)}
+            return {"frechet": value}
         order = self._held_out(label)
-        if len(order) < 2:
-            return {}
         size = min(samples, len(order))
-        blocks = [order[r * size : (r + 1) * size] for r in range(min(repeats, len(order) // size))]
+        block = order[repeat * size : (repeat + 1) * size]
+        if size < 2 or len(block) < size:
+            return {}
         x, y = self._data.test_x, self._data.test_y
-        found = {"frechet": estimate(self.distance(x[b], label) for b in blocks)}
+        found = {"frechet": self.distance(x[block], label)}
         if label is not None and y is not None and self.can_classify:
-            found["accuracy"] = estimate(self.accuracy(x[b], y[b]) for b in blocks)
+            found["accuracy"] = self.accuracy(x[block], y[block])
         return found
 
     def floor_size(self, samples: int, label: Which) -> int:

@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.compare import Kept, Outcome
+import torch
+from torch import Tensor
+
+from experiments.compare import Outcome, PlannedCell
 from experiments.conditions import Condition
 from experiments.judging import Cell, ExactJudge, Judge
 from experiments.pictures import SampleGroup, samples_figure
@@ -14,6 +17,7 @@ from experiments.plots import quality_vs_nfe, quality_vs_seconds
 from experiments.spec import spec_of
 from experiments.tables import number
 
+SHOWN_SAMPLES = 600
 SHOWN_BUDGET = 20  # few enough evaluations for samplers to differ visibly
 _TITLES = {"vp": "VP", "ve": "VE", "subvp": "sub-VP", "cosine": "cosine VP", "edm": "EDM"}
 
@@ -48,16 +52,20 @@ def _panel_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _groups(outcome: Outcome) -> list[SampleGroup]:
-    budget = _shown_budget([kept.planned.budget for kept in outcome.kept])
-    pairs = list(zip(outcome.kept, outcome.folder.rows, strict=False))
-    shown = [(k, r) for k, r in pairs if k.planned.budget in (None, budget)]
+    budget = _shown_budget([planned.budget for planned in outcome.finished])
+    pairs = zip(outcome.finished, outcome.folder.rows, strict=True)
+    shown = [(p, r) for p, r in pairs if p.budget in (None, budget)]
     groups = []
-    for key in dict.fromkeys(_key(kept, row) for kept, row in shown):
-        here = [(k, r) for k, r in shown if _key(k, r) == key]
-        planned = here[0][0].planned
+    for key in dict.fromkeys(_key(planned, row) for planned, row in shown):
+        here = [(p, r) for p, r in shown if _key(p, r) == key]
+        samples = {spec_of(p.cell.solver): outcome.samples(p, SHOWN_SAMPLES) for p, _ in here}
+        panels = {spec: x for spec, x in samples.items() if x is not None}
+        if not panels:
+            continue
+        planned = here[0][0]
         condition = str(planned.cell.condition)
         name = planned.subject.name
-        judge = outcome.judges[name]
+        judge = outcome.plan.judge(planned)
         density = judge.density(planned.cell) if isinstance(judge, ExactJudge) else None
         sde = _TITLES.get(planned.cell.sde, planned.cell.sde)
         title = f"{name} · {sde}"
@@ -68,20 +76,29 @@ def _groups(outcome: Outcome) -> list[SampleGroup]:
         groups.append(
             SampleGroup(
                 title=title,
-                panels={spec_of(k.planned.cell.solver): k.x for k, _ in here},
-                truth=outcome.truths.get(key),
+                panels=panels,
+                truth=_true_samples(outcome, planned),
                 density=None
                 if density is None or planned.subject.event_shape != (2,)
                 else density.log_prob,
-                notes={spec_of(k.planned.cell.solver): _note(r) for k, r in here},
+                notes={spec_of(p.cell.solver): _note(r) for p, r in here},
                 truth_name=_truth_name(judge, planned.cell),
             )
         )
     return groups
 
 
-def _key(kept: Kept, row: Mapping[str, Any]) -> tuple[str, str, Condition, str]:
-    planned = kept.planned
+def _true_samples(outcome: Outcome, planned: PlannedCell) -> Tensor | None:
+    judge, found, count = outcome.plan.judge(planned), [], 0
+    for repeat in range(outcome.plan.options.repeats):
+        x = judge.true_samples(planned.cell, repeat) if count < SHOWN_SAMPLES else None
+        if x is not None:
+            found.append(x)
+            count += len(x)
+    return torch.cat(found)[:SHOWN_SAMPLES] if found else None
+
+
+def _key(planned: PlannedCell, row: Mapping[str, Any]) -> tuple[str, str, Condition, str]:
     return planned.subject.name, planned.cell.sde, planned.cell.condition, row["truth"]
 
 

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.compare import Progress, steps_within
+from experiments.compare import Progress
 from experiments.conditions import Condition, make_conditions
 from experiments.draw import Drawn, Machine, make_machine, one_thread_each
 from experiments.folders import default_out, prepare_out
 from experiments.pictures import SampleGroup, samples_figure, strip_figure
+from experiments.planning import steps_within
 from experiments.results import environment, plain, write_whole
 from experiments.spec import parse_solver, spec_of
 from experiments.subjects import ExactSubject, ModelSubject, Subject, SubjectOptions, make_subjects
@@ -143,10 +144,10 @@ def run(plan: SamplePlan, progress: Progress) -> Written:
         )
         progress.done(1)
         files = ["samples.npy"]
-        _write_array(folder / "samples.npy", _raw(subject, drawn.x))
+        write_array(folder / "samples.npy", _raw(subject, drawn.x))
         labels = plan.condition.labels(ids, subject.num_classes)
         if labels is not None:
-            _write_array(folder / "labels.npy", labels)
+            write_array(folder / "labels.npy", labels)
             files.append("labels.npy")
         if options.trajectory:
             _write_trajectory(plan, folder)
@@ -178,7 +179,7 @@ def _write_trajectory(plan: SamplePlan, folder: Path) -> None:
     if solution.trajectory is None or solution.trajectory_times is None:
         raise RuntimeError(f"{spec_of(plan.solver)} kept no trajectory")
     states = solution.trajectory.cpu()
-    _write_array(folder / "trajectory.npy", states)
+    write_array(folder / "trajectory.npy", states)
     shown = _telling(subject.sdes[plan.sde], solution.trajectory_times, 10 if images else 6)
     times = solution.trajectory_times[shown]
     strip_figure(folder / "trajectory.png", states[shown], times, density=_density(plan))
@@ -250,7 +251,8 @@ def _raw(subject: Subject, x: Tensor) -> Tensor:
     return scaling.quantise(x) if scaling.dequantised else scaling.to_raw(x)
 
 
-def _write_array(path: Path, x: Tensor) -> None:
+def write_array(path: Path, x: Tensor) -> None:
+    """Write ``x`` as a .npy file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:

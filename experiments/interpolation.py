@@ -185,16 +185,17 @@ def _ends(options: InterpolateOptions, subject: Subject) -> tuple[Tensor, Tensor
         return x[:pairs], x[pairs:], labels[:pairs]
     if not isinstance(subject, ModelSubject) or subject.data is None:
         raise ValueError(f"the data that {subject.name!r} was trained on is not to be had")
-    x, known = subject.data.test_x, subject.data.test_y
-    if options.label not in (None, "none") and known is not None:
-        chosen = known == int(options.label or 0)
-        x, known = x[chosen], known[chosen]
-    if len(x) < 2 * pairs:
-        raise ValueError(f"--pairs {pairs} needs {2 * pairs} held-out samples; there are {len(x)}")
+    held, classes = subject.data.test_x, subject.data.test_y
+    chosen = torch.arange(len(held))
+    if options.label not in (None, "none") and classes is not None:
+        chosen = chosen[classes == int(options.label or 0)]
+    if len(chosen) < 2 * pairs:
+        found = len(chosen)
+        raise ValueError(f"--pairs {pairs} needs {2 * pairs} held-out samples; there are {found}")
     generator = torch.Generator().manual_seed(options.seed)
-    order = torch.randperm(len(x), generator=generator)[: 2 * pairs]
-    own = None if known is None else known[order[:pairs]]
-    return x[order[:pairs]], x[order[pairs:]], own
+    order = chosen[torch.randperm(len(chosen), generator=generator)[: 2 * pairs]]
+    own = None if classes is None else classes[order[:pairs]]
+    return held[order[:pairs]], held[order[pairs:]], own
 
 
 def _draw(plan: InterpolatePlan, made: Interpolated) -> None:

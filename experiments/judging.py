@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,38 +11,21 @@ from torch import Tensor
 
 from experiments.conditions import ALL, Condition
 from experiments.draw import Machine
-from experiments.estimates import Estimate, estimate
 from experiments.features import FeatureSpace
-from experiments.metrics import Reference, median_distance, rms_distance
+from experiments.metrics import Reference
 from experiments.subjects import ExactSubject, ModelSubject, Subject
 from sde_diffusion import GaussianMixture
+from sde_diffusion.loop import generator_for
 from solvers import Ancestral, EulerMaruyama, Integrator, ProbabilityFlow, Solver
 
 FINE_SDE_STEPS = 500
 _TRUTH_SEED, _FLOOR_SEED = 0x5EED_0001, 0x5EED_0002
 _TRUTH_IDS, _FLOOR_IDS = 1 << 40, 1 << 41  # beyond the ids of what is judged
 
-Metrics = Mapping[str, Estimate]
 
-
-@dataclass(frozen=True)
-class Size:
-    """How many samples are judged: ``repeats`` blocks of ``samples``."""
-
-    samples: int
-    repeats: int
-
-    @property
-    def total(self) -> int:
-        return self.samples * self.repeats
-
-    def ids(self, first: int = 0) -> Tensor:
-        """Ids of all samples; block r has ids ``first + r samples ..``."""
-        return torch.arange(first, first + self.total)
-
-    def blocks(self, x: Tensor) -> list[Tensor]:
-        """The samples of each block."""
-        return list(x.split(self.samples))
+def block_ids(samples: int, repeat: int) -> Tensor:
+    """Ids of the samples of a repeat: ``repeat * samples ..``."""
+    return torch.arange(repeat * samples, (repeat + 1) * samples)
 
 
 @dataclass(frozen=True)
@@ -56,52 +38,42 @@ class Cell:
 
 
 class Judge(ABC):
-    """Metrics of samples, and what true samples score by them.
+    """Metrics of a repeat's samples, and what true samples score by them.
+
+    A repeat is a block of ``samples`` samples, judged by itself: no figure of it depends on how
+    many repeats there are.
 
     Attributes:
         primary: the metric that stands for quality.
         fine_steps: steps of the fine ODE solution (fourth order, four evaluations each).
-        paired: samples of each block that are compared with the fine ODE from the same noise.
+        samples: in a repeat.
+        paired: samples of a repeat that are compared with the fine ODE from the same noise.
     """
 
     primary: ClassVar[str]
     fine_steps: ClassVar[int]
+    samples: int
     paired: int
 
     @abstractmethod
-    def metrics(self, cell: Cell, x: Tensor) -> dict[str, Estimate]:
-        """Of samples (R n, *event), block after block."""
+    def metrics(self, cell: Cell, x: Tensor, repeat: int) -> dict[str, float]:
+        """Of the samples (n, *event) of a repeat."""
 
     @abstractmethod
-    def floor(self, cell: Cell) -> dict[str, Estimate]:
-        """The same of true samples, at the same sizes where there are as many."""
+    def floor(self, cell: Cell, repeat: int) -> dict[str, float]:
+        """The same of true samples, as many where there are as many; empty where there are none."""
+
+    @abstractmethod
+    def law(self, cell: Cell) -> object:
+        """Cells with the same law share their true samples and their floor."""
 
     @abstractmethod
     def truth(self, cell: Cell) -> str:
         """What the samples are compared with, in a few words."""
 
     @abstractmethod
-    def true_samples(self, cell: Cell) -> Tensor | None:
+    def true_samples(self, cell: Cell, repeat: int) -> Tensor | None:
         """Some true samples, for pictures."""
-
-    def with_paired(
-        self, found: dict[str, Estimate], size: Size, x: Tensor, fine: Tensor | None
-    ) -> dict[str, Estimate]:
-        """``found`` with the distances to the fine ODE from the same noise, where that is known."""
-        if fine is None:
-            return found
-        pairs = list(
-            zip((b[: self.paired] for b in size.blocks(x)), fine.split(self.paired), strict=True)
-        )
-        return {
-            **found,
-            "rms": estimate(rms_distance(a, b) for a, b in pairs),
-            "median": estimate(median_distance(a, b) for a, b in pairs),
-        }
-
-    def paired_ids(self, size: Size) -> Tensor:
-        """Ids of the samples that are compared with the fine ODE."""
-        return torch.cat([ids[: self.paired] for ids in size.ids().split(size.samples)])
 
 
 class ExactJudge(Judge):
@@ -115,24 +87,19 @@ class ExactJudge(Judge):
     primary = "energy"
     fine_steps = 100
 
-    def __init__(self, subject: ExactSubject, size: Size, seed: int, machine: Machine) -> None:
+    def __init__(self, subject: ExactSubject, samples: int, seed: int, machine: Machine) -> None:
         self.subject = subject
-        self.size = size
-        self.paired = size.samples
+        self.samples = self.paired = samples
         self._seed = seed
         self._machine = machine
         self._references: dict[object, tuple[Reference, Tensor]] = {}
-        self._floors: dict[object, dict[str, Estimate]] = {}
 
-    def metrics(self, cell: Cell, x: Tensor) -> dict[str, Estimate]:
-        return self._reference(cell)[0].compare(self.size.blocks(x))
+    def metrics(self, cell: Cell, x: Tensor, repeat: int) -> dict[str, float]:
+        return self._reference(cell, repeat)[0].compare(x)
 
-    def floor(self, cell: Cell) -> dict[str, Estimate]:
-        key = self._key(cell)
-        if key not in self._floors:
-            other = self._true(cell, _FLOOR_IDS, self._seed + _FLOOR_SEED)
-            self._floors[key] = self._reference(cell)[0].compare(self.size.blocks(other))
-        return self._floors[key]
+    def floor(self, cell: Cell, repeat: int) -> dict[str, float]:
+        other = self._true(cell, repeat, _FLOOR_IDS, self._seed + _FLOOR_SEED)
+        return self._reference(cell, repeat)[0].compare(other)
 
     def truth(self, cell: Cell) -> str:
         law = cell.condition.law
@@ -146,8 +113,8 @@ class ExactJudge(Judge):
             else ("the guided SDE, finely solved")
         )
 
-    def true_samples(self, cell: Cell) -> Tensor:
-        return self._reference(cell)[1]
+    def true_samples(self, cell: Cell, repeat: int) -> Tensor:
+        return self._reference(cell, repeat)[1]
 
     def density(self, cell: Cell) -> GaussianMixture | None:
         """The law as a mixture, where it is one."""
@@ -160,23 +127,23 @@ class ExactJudge(Judge):
             return target.conditional(int(condition.label))
         return None
 
-    def _key(self, cell: Cell) -> object:
-        """Cells with the same law share their true samples."""
+    def law(self, cell: Cell) -> object:
         condition = cell.condition
         if condition.law == "guided":
             return cell.sde, condition, _eta(cell.solver)
         return condition.law, None if condition.law == "whole" else condition.label
 
-    def _reference(self, cell: Cell) -> tuple[Reference, Tensor]:
-        key = self._key(cell)
+    def _reference(self, cell: Cell, repeat: int) -> tuple[Reference, Tensor]:
+        key = self.law(cell), repeat
         if key not in self._references:
-            true = self._true(cell, _TRUTH_IDS, self._seed + _TRUTH_SEED)
-            self._references[key] = Reference(self.size.blocks(true), seed=self._seed), true
+            true = self._true(cell, repeat, _TRUTH_IDS, self._seed + _TRUTH_SEED)
+            self._references[key] = Reference(true, seed=self._seed), true
         return self._references[key]
 
-    def _true(self, cell: Cell, first_id: int, seed: int) -> Tensor:
+    def _true(self, cell: Cell, repeat: int, first_id: int, seed: int) -> Tensor:
         condition, target = cell.condition, self.subject.target
-        ids = self.size.ids()
+        ids = block_ids(self.samples, repeat)
+        seed = generator_for(seed, repeat).initial_seed()
         if condition.law == "whole":
             return target.sample(len(ids), seed)[0]
         if condition.law == "conditional":
@@ -212,39 +179,40 @@ class ModelJudge(Judge):
     primary = "frechet"
     fine_steps = 40
 
-    def __init__(self, subject: ModelSubject, size: Size, seed: int) -> None:
+    def __init__(self, subject: ModelSubject, samples: int) -> None:
         self.subject = subject
-        self.size = size
-        self.paired = min(16, size.samples)
+        self.samples = samples
+        self.paired = min(16, samples)
         self.space = FeatureSpace(subject.judge, subject.data)
 
-    def metrics(self, cell: Cell, x: Tensor) -> dict[str, Estimate]:
-        labels = cell.condition.labels(self.size.ids(), self.subject.num_classes)
-        blocks = self.size.blocks(x)
-        found = {"frechet": estimate(self.space.distance(b, cell.condition.label) for b in blocks)}
+    def metrics(self, cell: Cell, x: Tensor, repeat: int) -> dict[str, float]:
+        labels = cell.condition.labels(block_ids(self.samples, repeat), self.subject.num_classes)
+        found = {"frechet": self.space.distance(x, cell.condition.label)}
         if labels is not None and self.space.can_classify:
-            pairs = zip(blocks, self.size.blocks(labels), strict=True)
-            found["accuracy"] = estimate(self.space.accuracy(b, wanted) for b, wanted in pairs)
+            found["accuracy"] = self.space.accuracy(x, labels)
         return found
 
-    def floor(self, cell: Cell) -> dict[str, Estimate]:
-        return self.space.floor(self.size.samples, self.size.repeats, cell.condition.label)
+    def floor(self, cell: Cell, repeat: int) -> dict[str, float]:
+        return self.space.floor(self.samples, repeat, cell.condition.label)
+
+    def law(self, cell: Cell) -> object:
+        return cell.condition.label
 
     def truth(self, cell: Cell) -> str:
         label = cell.condition.label
         part = "real data" if label in (None, ALL) else f"real data of class {label}"
         return f"{part}, in the judge's features"
 
-    def true_samples(self, cell: Cell) -> Tensor | None:
+    def true_samples(self, cell: Cell, repeat: int) -> Tensor | None:
         return self.space.real_samples(cell.condition.label)
 
 
-def make_judge(subject: Subject, size: Size, seed: int, machine: Machine) -> Judge:
-    """The judge of a subject."""
+def make_judge(subject: Subject, samples: int, seed: int, machine: Machine) -> Judge:
+    """The judge of a subject's repeats of ``samples`` samples."""
     if isinstance(subject, ExactSubject):
-        return ExactJudge(subject, size, seed, machine)
+        return ExactJudge(subject, samples, seed, machine)
     if isinstance(subject, ModelSubject):
-        return ModelJudge(subject, size, seed)
+        return ModelJudge(subject, samples)
     raise TypeError(f"no judge for {type(subject).__name__}")
 
 

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.estimates import Estimate, estimate, over_blocks
 from sde_diffusion.errors import require_count, unknown_name
 
 BLOCK = 1024  # rows per tile of a distance matrix: 8 MiB in float64, stays in cache
@@ -204,76 +203,52 @@ def label_accuracy(logits: Tensor, labels: Tensor | int) -> float:
 
 
 class Reference:
-    """True samples in R blocks, with all that comparisons with them share computed once.
+    """A block of true samples, with all that comparisons with it share computed once.
 
-    Every row of a comparison meets the same true samples, projections and blocks, so that
-    differences between rows are less noisy than the rows.
+    Every sampler meets the same true samples and projections, so that differences between samplers
+    are less noisy than each.
 
     Args:
-        true: R blocks (N, *event), independent of what is compared and of each other.
+        true: (N, *event), independent of what is compared.
         metrics: which of ``SET_METRICS``.
-        w2_samples: samples of each block that the exact Wasserstein distance uses.
+        w2_samples: so many samples of each are used by the exact Wasserstein distance.
         projections: directions of the sliced one, drawn from ``seed``.
     """
 
     def __init__(
         self,
-        true: Sequence[Tensor],
+        true: Tensor,
         *,
         metrics: Sequence[str] = SET_METRICS,
         w2_samples: int | None = W2_SAMPLES,
         projections: int = PROJECTIONS,
         seed: int = 0,
     ) -> None:
-        if not true:
-            raise ValueError("true must hold at least one block of samples, got none")
         for name in metrics:
             if name not in SET_METRICS:
                 raise unknown_name("metric", name, SET_METRICS)
         self.metrics = tuple(metrics)
         self._w2_samples = w2_samples
-        self._true = [_samples("true", block) for block in true]
-        self._directions = _directions(self._true[0].shape[1], projections, seed)
-        self._spreads: list[float] = []
-        self._sorted: list[np.ndarray] = []
-        if "energy" in metrics:
-            self._spreads = [_spread(block, unbiased=False) for block in self._true]
+        self._true = _samples("true", true)
+        self._directions = _directions(self._true.shape[1], projections, seed)
+        self._spread = _spread(self._true, unbiased=False) if "energy" in metrics else 0.0
+        self._sorted: np.ndarray | None = None
         if "sliced_w2" in metrics:
-            self._sorted = [_sorted_projections(b.numpy(), self._directions) for b in self._true]
+            self._sorted = _sorted_projections(self._true.numpy(), self._directions)
 
-    def compare(
-        self, sampled: Sequence[Tensor], fine: Sequence[Tensor] | None = None
-    ) -> dict[str, Estimate]:
-        """Every metric of R blocks of samples: the r-th against the r-th true block.
+    def compare(self, sampled: Tensor) -> dict[str, float]:
+        """Every metric of samples (M, *event); of other true samples, M = N, the floor."""
+        return {name: self._one(name, sampled) for name in self.metrics}
 
-        ``reference.compare(other_true_blocks)`` of the same sizes is the floor.
-
-        Args:
-            sampled: R blocks (N, *event).
-            fine: R blocks, the finely solved ODE from the same noise: adds ``rms`` and ``median``.
-        """
-        if len(sampled) != len(self._true):
-            raise ValueError(
-                f"sampled must have as many blocks as true: {len(self._true)}, got {len(sampled)}"
-            )
-        result = {
-            name: estimate(self._one(name, r, x) for r, x in enumerate(sampled))
-            for name in self.metrics
-        }
-        if fine is not None:
-            result["rms"] = over_blocks(rms_distance, sampled, fine)
-            result["median"] = over_blocks(median_distance, sampled, fine)
-        return result
-
-    def _one(self, name: str, r: int, x: Tensor) -> float:
-        a, b = _pair(x, self._true[r])
+    def _one(self, name: str, x: Tensor) -> float:
+        a, b = _pair(x, self._true)
         if name == "energy":
-            return 2 * _mean_distance(a, b) - _spread(a, unbiased=False) - self._spreads[r]
+            return 2 * _mean_distance(a, b) - _spread(a, unbiased=False) - self._spread
         if name == "w2":
             return w2(a, b, samples=self._w2_samples)
-        if len(a) != len(b):
+        if len(a) != len(b) or self._sorted is None:
             return sliced_w2(a, b, projections=self._directions)
-        return _sorted_w2(_sorted_projections(a.numpy(), self._directions), self._sorted[r])
+        return _sorted_w2(_sorted_projections(a.numpy(), self._directions), self._sorted)
 
 
 class _Features(torch.nn.Module):

@@ -14,7 +14,7 @@ import platform
 import shlex
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata, resources
 from pathlib import Path
@@ -26,7 +26,7 @@ import torch
 
 from experiments.estimates import Estimate
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: rows of compare name their cells; all that 1 had is as it was
 RESULTS = "results.json"
 _PACKAGES = (
     "sde-diffusion",
@@ -146,7 +146,7 @@ class RunFolder:
     ) -> None:
         self.path = check_writable(path)
         self.rows: list[dict[str, Any]] = []
-        self.floor: dict[str, dict[str, Any]] = {}
+        self.floor: dict[str, Mapping[str, Estimate]] = {}
         self.status = "running"
         self._head: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -157,14 +157,14 @@ class RunFolder:
             "environment": environment(device),
         }
 
+    def replace(self, rows: Sequence[Row]) -> None:
+        """These are the finished rows; writes the file."""
+        self.rows = [row.as_dict() for row in rows]
+        self.write()
+
     def add(self, row: Row) -> None:
         """Add a finished row and write the file."""
         self.rows.append(row.as_dict())
-        self.write()
-
-    def set_floor(self, target: str, metrics: Mapping[str, Estimate]) -> None:
-        """What true samples of ``target`` score against true samples; writes the file."""
-        self.floor[target] = {name: _plain_estimate(e) for name, e in metrics.items()}
         self.write()
 
     def write(self) -> None:
@@ -176,7 +176,11 @@ class RunFolder:
 
     def as_dict(self) -> dict[str, Any]:
         """All that results.json holds."""
-        return {**self._head, "status": self.status, "floor": self.floor, "rows": self.rows}
+        floor = {
+            target: {name: _plain_estimate(found) for name, found in metrics.items()}
+            for target, metrics in self.floor.items()
+        }
+        return {**self._head, "status": self.status, "floor": floor, "rows": self.rows}
 
     def __enter__(self) -> RunFolder:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +25,16 @@ from sde_diffusion import (
     named_sde,
     named_target,
 )
-from sde_diffusion.checkpoints import CheckpointError, LoadedModel, load_model, shipped_models
+from sde_diffusion.checkpoints import (
+    MODEL_FILE,
+    CheckpointError,
+    LoadedModel,
+    load_model,
+    shipped_models,
+)
 from sde_diffusion.data import Dataset, load_data
 from sde_diffusion.errors import unknown_name
+from sde_diffusion.storage import read_json
 
 DIGITS = "digits"
 
@@ -60,6 +68,10 @@ class Subject(ABC):
     @abstractmethod
     def to(self, device: torch.device) -> None:
         """Move what computes the score."""
+
+    @abstractmethod
+    def identity(self, sde: str) -> dict[str, Any]:
+        """JSON-like values by which this, under an SDE, is known from all others."""
 
     def check(self, condition: Condition) -> None:
         """Whether this can be guided so.
@@ -119,6 +131,14 @@ class ExactSubject(Subject):
 
     def to(self, device: torch.device) -> None:
         """Nothing to do: a mixture follows its inputs."""
+
+    def identity(self, sde: str) -> dict[str, Any]:
+        target = self.target
+        parts = (target.means, target.variances, target.rotation, target.weights, target.labels)
+        return {
+            "target": [None if part is None else _tensor_digest(part) for part in parts],
+            "sde": self.sdes[sde].config(),
+        }
 
 
 class ModelSubject(Subject):
@@ -182,6 +202,16 @@ class ModelSubject(Subject):
     def to(self, device: torch.device) -> None:
         for model in self.models.values():
             model.to(device)
+
+    def identity(self, sde: str) -> dict[str, Any]:
+        model = self.models[sde]
+        data = self.data
+        return {
+            "model": read_json(model.path / MODEL_FILE)["files"],
+            "judge": read_json(self.judge.path / MODEL_FILE)["files"],
+            "sde": model.sde.config(),
+            "data": None if data is None else data.digest(),
+        }
 
 
 @dataclass(frozen=True)
@@ -305,6 +335,10 @@ def _real_data(model: LoadedModel, source: str | None) -> Dataset | None:
         )
 
     return data.rescaled(model.data.scaling)
+
+
+def _tensor_digest(x: Tensor) -> str:
+    return hashlib.sha256(x.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _unknown_target(name: str) -> ValueError:

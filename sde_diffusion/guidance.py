@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.broadcast import expand
-from sde_diffusion.errors import require_between, require_finite
+from sde_diffusion.errors import require_between
+from sde_diffusion.gradients import pull_back, usable
 from sde_diffusion.parametrization import (
     Model,
     batch_of_labels,
@@ -22,13 +23,14 @@ from sde_diffusion.parametrization import (
     part_of,
 )
 from sde_diffusion.prediction import Prediction, ScoreFn, cost_of, select
+from sde_diffusion.scales import Scale, check_scale, is_number, scale_at, weight_of
 from sde_diffusion.sde import NoiseLevel
 
 Classifier = Callable[[Tensor, NoiseLevel], Tensor]
 
 
 def classifier_guided(
-    score_fn: ScoreFn, classifier: Classifier, label: int | Tensor, scale: float | Tensor = 1.0
+    score_fn: ScoreFn, classifier: Classifier, label: int | Tensor, scale: Scale = 1.0
 ) -> ScoreFn:
     """``score + scale * grad_x log p(label | x_t, t)`` (Dhariwal & Nichol 2021, arXiv:2105.05233,
     eq. 14).
@@ -41,7 +43,8 @@ def classifier_guided(
         score_fn: the unconditional score.
         classifier: ``(x, level) -> logits`` of shape ``(B, C)``, on noised inputs.
         label: one class, or ``(B,)`` classes.
-        scale: gamma; a number, a 0-d tensor, or ``(B,)``. The number 0 gives ``score_fn`` itself.
+        scale: gamma; a number, a 0-d tensor, ``(B,)``, or a function of the noise level that gives
+            one of them. The number 0 gives ``score_fn`` itself.
     Raises:
         ValueError: a label out of range (where the classifier has ``num_classes``), a scale not
         finite.
@@ -49,45 +52,28 @@ def classifier_guided(
     if label is None:
         raise ValueError("label=None: classifier guidance needs a class to guide towards")
     check_label(classifier, label)
-    _check_scale(scale)
-    if not isinstance(scale, Tensor) and scale == 0:
+    check_scale(scale)
+    if is_number(scale, 0):
         return score_fn
     return _ClassifierGuided(score_fn, classifier, label, scale)
-
-
-def _check_scale(scale: float | Tensor) -> None:
-    if not isinstance(scale, Tensor):
-        require_finite("scale", scale)
-    elif scale.ndim > 1:
-        raise ValueError(f"scale must be a number, 0-d or (B,), got shape {tuple(scale.shape)}")
-    elif not bool(scale.isfinite().all()):
-        raise ValueError(f"scale must be finite, got {scale.tolist()}")
 
 
 def classifier_gradient(
     classifier: Classifier, x: Tensor, level: NoiseLevel, label: int | Tensor
 ) -> Tensor:
     """``grad_x log p(label | x_t)``, of ``x``'s shape."""
-    differentiable = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.enable_grad():
-        # Tensors made under inference_mode may not take part in a gradient; their copies may.
-        x, level = _usable(x), level.map(_usable)
-        if not differentiable or not x.requires_grad:
-            x = x.detach().requires_grad_()
+
+    def forward(x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         log_probs = torch.log_softmax(classifier(x, level), dim=1)
-        labels = _usable(batch_of_labels(label, x))
-        chosen = log_probs.gather(1, labels[:, None])
-        (gradient,) = torch.autograd.grad(chosen.sum(), x, create_graph=differentiable)
-    return gradient
+        chosen = log_probs.gather(1, usable(batch_of_labels(label, x))[:, None])
+        return chosen, torch.ones_like(chosen), ()
 
-
-def _usable(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor.is_inference() else tensor
+    return pull_back(x, level, forward)[0]
 
 
 class _ClassifierGuided:
     def __init__(
-        self, score_fn: ScoreFn, classifier: Classifier, label: int | Tensor, scale: float | Tensor
+        self, score_fn: ScoreFn, classifier: Classifier, label: int | Tensor, scale: Scale
     ) -> None:
         self.score_fn = score_fn
         self.classifier = classifier
@@ -99,7 +85,7 @@ class _ClassifierGuided:
 
     def __call__(self, x: Tensor, level: NoiseLevel) -> Prediction:
         gradient = classifier_gradient(self.classifier, x, level, self.label)
-        weight = expand(self.scale * level.sigma, x)
+        weight = expand(level.sigma, x) * weight_of(self.scale, level, x)
         return Prediction.from_eps(x, level, self.score_fn(x, level).eps - weight * gradient)
 
     def select(self, indices: Tensor) -> _ClassifierGuided:
@@ -110,7 +96,7 @@ class _ClassifierGuided:
 def classifier_free_guided(
     model: Model,
     label: int | Tensor,
-    scale: float | Tensor = 1.0,
+    scale: Scale = 1.0,
     interval: tuple[float, float] | None = None,
     rescale: float = 0.0,
 ) -> ScoreFn:
@@ -122,7 +108,8 @@ def classifier_free_guided(
     Args:
         model: class-conditional, called ``(x, level, label)``; ``label=None`` is the null label.
         label: one class, or ``(B,)`` classes.
-        scale: gamma; a number, a 0-d tensor, or ``(B,)``.
+        scale: gamma; a number, a 0-d tensor, ``(B,)``, or a function of the noise level that gives
+            one of them, as in ``lambda level: 1 + 2 * level.sigma``.
         interval: ``(low, high)`` in sigma/alpha; outside it the conditional score alone is used
             (Kynkaanniemi et al. 2024, arXiv:2404.07724), at the cost of one evaluation within
             ``sample``, which knows the levels beforehand.
@@ -138,12 +125,11 @@ def classifier_free_guided(
     if interval is not None:
         _check_interval(interval)
     require_between("rescale", rescale, 0, 1)
-    _check_scale(scale)
-    if not isinstance(scale, Tensor):
-        if scale == 1:
-            return bind(model, label)
-        if scale == 0 and interval is None and rescale == 0:
-            return bind(model, None)
+    check_scale(scale)
+    if is_number(scale, 1):
+        return bind(model, label)
+    if is_number(scale, 0) and interval is None and rescale == 0:
+        return bind(model, None)
     return _ClassifierFreeGuided(model, label, scale, interval, rescale)
 
 
@@ -163,7 +149,7 @@ class _ClassifierFreeGuided:
         self,
         model: Model,
         label: int | Tensor,
-        scale: float | Tensor,
+        scale: Scale,
         interval: tuple[float, float] | None,
         rescale: float,
     ) -> None:
@@ -211,12 +197,11 @@ class _ClassifierFreeGuided:
         return conditional, null
 
     def _weight(self, x: Tensor, level: NoiseLevel) -> float | Tensor:
-        scale = self.scale
-        if self.interval is not None:
-            ratio = level.sigma_over_alpha
-            inside = (ratio >= self.interval[0]) & (ratio <= self.interval[1])
-            scale = torch.where(inside, scale, 1.0)
-        return expand(scale, x).to(x.dtype) if isinstance(scale, Tensor) else scale
+        if self.interval is None:
+            return weight_of(self.scale, level, x)
+        ratio = level.sigma_over_alpha
+        inside = (ratio >= self.interval[0]) & (ratio <= self.interval[1])
+        return expand(torch.where(inside, scale_at(self.scale, level), 1.0), x).to(x.dtype)
 
 
 def _rescaled(guided: Tensor, reference: Tensor, rescale: float) -> Tensor:

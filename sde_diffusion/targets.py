@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.broadcast import expand
-from sde_diffusion.errors import require_count
+from sde_diffusion.errors import require_count, require_finite
+from sde_diffusion.measurements import LinearMeasurement
 from sde_diffusion.parametrization import Label, batch_of_labels, check_label, part_of
+from sde_diffusion.posteriors import Conditioned, conditioned
 from sde_diffusion.prediction import Prediction, ScoreFn
 from sde_diffusion.sde import SDE, NoiseLevel
 
@@ -76,6 +78,70 @@ class GaussianMixture:
         chosen = self.labels == label
         covariances = self._covariances()[chosen]
         return GaussianMixture(self.means[chosen], covariances, self.weights[chosen])
+
+    def posterior(
+        self, A: Tensor | LinearMeasurement, y: Tensor, noise_std: float | None = None
+    ) -> GaussianMixture:
+        """The law of x given ``A x + noise_std * noise = y``: again a mixture, with its labels.
+
+        The ground truth by which guidance is judged.
+
+        Args:
+            A: ``(m, D)``, or a linear measurement of events ``(D,)``. Rows of zeros say nothing and
+                are left out.
+            y: what was measured of one sample: ``(m,)``, or ``(*measured,)``.
+            noise_std: at least 0; the measurement's own where one is given, otherwise 0.
+        Raises:
+            ValueError: shapes that do not fit; without noise, an A whose rows depend on each other.
+        """
+        matrix, noise_std = self._matrix(A, noise_std)
+        y = _finite("y", y).reshape(-1)
+        if matrix.shape != (len(y), self.dimension):
+            raise ValueError(
+                f"A must have shape ({len(y)}, {self.dimension}) for y of {len(y)} numbers, got "
+                f"{tuple(matrix.shape)}"
+            )
+        says = matrix.abs().amax(1) > 0
+        if not bool(says.any()):
+            return self
+        found = self._conditioned(matrix[says], y[says], noise_std)
+        # Not below what the constructor takes for positive: a component ruled out stays, so that
+        # its class keeps its number.
+        weights = torch.softmax(found.log_weights, 0).clamp_min(1e-300)
+        return GaussianMixture(found.means, found.covariances, weights, self.labels)
+
+    def log_evidence(
+        self, A: Tensor | LinearMeasurement, y: Tensor, noise_std: float | None = None
+    ) -> float:
+        """``log p(y)`` of what was measured of one sample, in nats; arguments as in
+        ``posterior``."""
+        matrix, noise_std = self._matrix(A, noise_std)
+        y = _finite("y", y).reshape(-1)
+        says = matrix.abs().amax(1) > 0
+        if not bool(says.any()):
+            return 0.0
+        found = self._conditioned(matrix[says], y[says], noise_std)
+        return float(torch.logsumexp(found.log_weights, 0))
+
+    def _matrix(
+        self, A: Tensor | LinearMeasurement, noise_std: float | None
+    ) -> tuple[Tensor, float]:
+        if isinstance(A, LinearMeasurement):
+            own = A.noise_std if noise_std is None else noise_std
+            A = A.matrix((self.dimension,))
+        else:
+            own = 0.0 if noise_std is None else noise_std
+        require_finite("noise_std", own)
+        if own < 0:
+            raise ValueError(f"noise_std must be at least 0, got {own!r}")
+        matrix = _finite("A", A)
+        if matrix.ndim != 2:
+            raise ValueError(f"A must have shape (m, {self.dimension}), got {tuple(matrix.shape)}")
+        return matrix, own
+
+    def _conditioned(self, matrix: Tensor, y: Tensor, noise_std: float) -> Conditioned:
+        covariances = self._full_covariances()
+        return conditioned(self.means, covariances, self.weights.log(), matrix, y, noise_std)
 
     def mean(self) -> Tensor:
         """Mean of the mixture, ``(D,)`` float64."""

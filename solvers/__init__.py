@@ -18,8 +18,11 @@ from solvers.likelihood import log_likelihood
 from solvers.likelihood_bound import likelihood_bound
 from solvers.noise import BrownianPath, CounterNoise, Noise, RecordedNoise
 from solvers.plans import FixedGrid, Plan
+from solvers.repaint import RePaint
+from solvers.replacement import Replacement, manifold_constrained
 from solvers.restart import Restart, RestartInterval
 from solvers.sample import sample
+from solvers.smc import SMCSolution, smc_sample
 from solvers.solution import Solution
 
 __all__ = [
@@ -32,9 +35,12 @@ __all__ = [
     "Memory",
     "Noise",
     "Plan",
+    "RePaint",
     "RecordedNoise",
+    "Replacement",
     "Restart",
     "RestartInterval",
+    "SMCSolution",
     "Solution",
     "Solver",
     "Step",
@@ -52,9 +58,11 @@ __all__ = [
     "likelihood_bound",
     "log_likelihood",
     "make_steps",
+    "manifold_constrained",
     "round_trip",
     "sample",
     "sample_ito",
+    "smc_sample",
 ]
 
 

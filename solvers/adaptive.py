@@ -20,9 +20,11 @@ from solvers.plans import Plan, Run
 from solvers.progress import reporting
 from solvers.solution import Solution
 
-_FIRST = 0.3  # of the span, at most: the first step
+_FIRST = 0.15  # of the span, at most: the first step
 _LEAST_ERROR = 1e-10
-_STRETCH = 1.01  # a step that ends this near to the end goes to it
+# A step that ends this near to the end goes to it: a short last step would cost as much as another,
+# and the solution is smooth there. After a rejection the step is as asked for, but for rounding.
+_STRETCH, _STRETCH_AGAIN = 1.3, 1.01
 _NON_FINITE_LIMIT = 16
 
 
@@ -36,7 +38,7 @@ class Adaptive(Plan):
     kept; steps, measured in ``half_log_snr``, are then multiplied by ``safety e^(-integral/k)
     e_before^(proportional/k)`` (PI control: Gustafsson 1991; Hairer & Wanner 1996, sec. IV.2), with
     k the solver's ``error_order``, within ``[shrink, grow]``; after a rejection by at most 1. A
-    rejected step shrinks by ``safety e^(-1/k)``. The first is ``min(0.3, (rtol + atol)^(1/k))``
+    rejected step shrinks by ``safety e^(-1/k)``. The first is ``min(0.15, (rtol + atol)^(1/k))``
     of the whole range: at its noisy end the solution is smooth, and a step too long costs one
     rejection.
 
@@ -227,7 +229,8 @@ class _Walk:
         """The step that every active sample tries next."""
         sde, start, last = self._run.sde, self.active.level, self._end
         remaining = last.half_log_snr - start.half_log_snr
-        arrives = self.active.span * _STRETCH >= remaining
+        stretch = torch.where(self.active.rejected, _STRETCH_AGAIN, _STRETCH)
+        arrives = self.active.span * stretch >= remaining
         place = torch.where(arrives, last.half_log_snr, start.half_log_snr + self.active.span)
         reached = sde.at(sde.time(place))._replace(half_log_snr=place)
         end = NoiseLevel(*(torch.where(arrives, a, b) for a, b in zip(last, reached, strict=True)))

@@ -1,4 +1,4 @@
-"""Grids fitted to a score, an SDE and a solver, by the error they leave on a pilot batch."""
+"""Grids fitted to a score, an SDE and a solver: local errors made equal, then a search."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,19 @@ from sde_diffusion.prediction import ScoreFn
 from sde_diffusion.sde import SDE
 from solvers import grids
 from solvers.base import Solver
-from solvers.methods.probability_flow import ProbabilityFlow
+from solvers.local_errors import density, equidistributed, solved
 from solvers.sample import sample
 
 _FORMAT = "sde-diffusion fitted grid, version 1"
-_START_GRIDS = ("log_snr", "karras", "time")
 _KNOTS = 6
+_WORST = 1e30  # what a run that overflows counts as
+_STARTS: dict[str, grids.Grid] = {
+    "time": grids.time,
+    "log_snr": grids.log_snr,
+    "karras": grids.karras,
+    "arctan": grids.arctan,
+    "arctan, fine": partial(grids.arctan, rho=2.0, scale=0.25),
+}
 
 
 @dataclass(frozen=True)
@@ -35,8 +43,9 @@ class FittedGrid:
 
     Attributes:
         times: decreasing, from ``t_max`` to ``t_min``.
-        error: RMS distance to the fine solution that it left on the pilot batch.
-        untuned_error: the same of the best grid that the search started from.
+        error: RMS distance to the fine solution that it left on the half of the pilot batch that
+            the search did not see.
+        untuned_error: the same of the best fixed grid.
         fitted_to: the SDE and the solver, for the reader.
     """
 
@@ -82,68 +91,69 @@ def fit(
     *,
     shape: Sequence[int] | None = None,
     seed: int = 0,
-    evaluations: int = 400,
+    evaluations: int = 200,
     fine_steps: int = 200,
 ) -> FittedGrid:
-    """The grid of ``steps`` steps that leaves the least error on a pilot batch.
+    """The grid of ``steps`` steps that leaves the least error, judged by a pilot batch.
 
-    The logarithms of the step sizes in half_log_snr are a smooth curve through a few values, and
-    those are searched (Powell's method) for the least RMS distance between the solver's samples and
-    the finely solved ODE from the same noises, starting from the best of the fixed grids. The error
-    that is minimised is the one that is wanted: for a multistep solver, local errors do not add up
-    to it.
+    First the local errors are measured along the finely solved ODE, and times put where they come
+    out equal (``solvers.local_errors``). That is right for small steps; for few of them, and for
+    multistep methods, whose local errors do not add up, the grid is then searched: the logarithms
+    of the step sizes in half_log_snr are a smooth curve through six values, too few to fit the
+    pilot's noise, and those are moved (Powell's method) for the least RMS distance to the fine
+    solution, from the best of that grid and the fixed ones. Another batch of ``pilot`` noises then
+    decides between what was found and where it started.
 
     Args:
         score_fn, sde, solver: as for ``sample``; the solver draws no noise.
         steps: number of steps of the grid.
-        pilot: samples in the pilot batch.
+        pilot: samples to search on, and as many to judge on. Where the RMS is ruled by few samples
+            (those that end in another mode), more are worth their cost: 256 in
+            ``benchmarks/accuracy.py``.
         shape: of one event, ``(D,)`` or ``(C, H, W)``; ``score_fn.event_shape``, which exact
             targets have, where not given.
         seed: of the pilot's noises.
-        evaluations: runs of the solver that the search may take.
-        fine_steps: steps of order 4 for the fine solution.
+        evaluations: runs of the solver that the search may take; 0 for none.
+        fine_steps: steps of order 4 for the fine solution, at least 8.
     Raises:
-        ValueError: a stochastic solver, counts below 1, no event shape.
+        ValueError: a stochastic solver, counts below their least, no event shape.
     """
     if solver.stochastic:
         raise ValueError(f"solver must draw no noise to have a grid fitted, got {solver!r}")
     require_count("steps", steps)
-    batch = (require_count("pilot", pilot), *_event_shape(score_fn, shape))
-    exact = sample(
-        score_fn,
-        sde,
-        ProbabilityFlow("rk4"),
-        shape=batch,
-        steps=fine_steps,
-        grid="log_snr",
-        seed=seed,
-    ).x
-    low, high = (sde.at(float(t)).half_log_snr.item() for t in (sde.t_max, sde.t_min))
+    require_count("pilot", pilot)
+    require_count("evaluations", evaluations, least=0)
+    require_count("fine_steps", fine_steps, least=8)
+    batch = solved(score_fn, sde, (2 * pilot, *_event_shape(score_fn, shape)), seed, fine_steps)
+    low, high = (float(batch.half_log_snr[place]) for place in (0, -1))
+    halves = slice(0, pilot), slice(pilot, None)
 
     def times_of(curve: NDArray[np.float64]) -> Tensor:
         return _pinned(sde.time(_half_log_snrs(curve, steps, low, high)), sde)
 
-    def error_of(times: Tensor) -> float:
-        end = sample(score_fn, sde, solver, shape=batch, grid=times, seed=seed).x
-        return float((end - exact).square().mean().sqrt())
+    def error_of(times: Tensor, part: slice) -> float:
+        x = sample(score_fn, sde, solver, x=batch.start[part], grid=times).x
+        error = float((x - batch.end[part]).double().square().mean().sqrt())
+        return error if np.isfinite(error) else _WORST
 
-    starts = [grids.GRIDS[name](sde, steps) for name in _START_GRIDS]
-    untuned, best = min(((error_of(times), times) for times in starts), key=lambda pair: pair[0])
-
-    def objective(curve: NDArray[np.float64]) -> float:
-        return float(np.log(error_of(times_of(curve)) + 1e-300))
-
-    found = minimize(
-        objective,
-        _curve_of(sde.at(best).half_log_snr, min(_KNOTS, steps)),
-        method="Powell",
-        options={"maxfev": require_count("evaluations", evaluations), "xtol": 1e-3, "ftol": 1e-4},
+    weight = density(batch, solver.order)
+    spread = sde.time(equidistributed(batch.half_log_snr, weight, steps))
+    fixed = [grid(sde, steps) for grid in _STARTS.values()]
+    starts = sorted((*fixed, _pinned(spread, sde)), key=lambda times: error_of(times, halves[0]))
+    candidates = [*starts]
+    if evaluations:
+        found = minimize(  # type: ignore[call-overload]
+            lambda curve: float(np.log(error_of(times_of(curve), halves[0]) + 1e-300)),
+            _curve_of(sde.at(starts[0]).half_log_snr, min(_KNOTS, steps)),
+            method="Powell",
+            options={"maxfev": evaluations, "xtol": 1e-3, "ftol": 1e-4},
+        )
+        candidates.append(times_of(found.x))
+    untuned = min(error_of(times, halves[1]) for times in fixed)
+    error, best = min(
+        ((error_of(times, halves[1]), times) for times in candidates), key=lambda pair: pair[0]
     )
-    times = times_of(found.x)
-    error = error_of(times)
-    if error > untuned:
-        times, error = best, untuned
-    return FittedGrid(tuple(times.tolist()), error, untuned, f"{sde!r}, {solver!r}")
+    return FittedGrid(tuple(best.tolist()), error, untuned, f"{sde!r}, {solver!r}")
 
 
 def _half_log_snrs(curve: NDArray[np.float64], steps: int, low: float, high: float) -> Tensor:

@@ -251,23 +251,23 @@ def test_lists_show_every_solver_and_target() -> None:
         assert name in shown
 
 
-def test_a_network_that_overflows_stops_the_run_with_step_and_time(
+def test_a_network_that_overflows_fails_its_cells_and_the_rest_go_on(
     call: Any, tmp_path: Path
 ) -> None:
     broken = tiny_model(tmp_path / "broken", broken=True)
     out = tmp_path / "out"
-    stopped = call(
+    partly = call(
         *("compare", "--target", "ring", "--model", broken, "--sde", "vp", "--solver", "ddim"),
         *("--nfe", "5", "--samples", "10", "--repeats", "1", "--out", out),
     )
-    assert stopped.exit_code == 1, stopped.output
-    (line,) = stopped.stderr.strip().splitlines()
-    assert "broken · vp" in line
-    assert "NaN or infinity at step 0, t = 1" in line
-    assert "1 of 2 rows are finished and kept in" in line
+    assert partly.exit_code == 3, partly.output
+    said = " ".join(partly.stdout.split())
+    assert "failed: broken · vp · ddim · 5: NonFiniteError" in said
+    assert "NaN or infinity at step 0, t = 1" in said
     results = load_results(out)
-    assert results["status"] == "failed"
-    assert len(results["rows"]) == 1
+    assert results["status"] == "finished"
+    assert [row["status"] for row in results["rows"]] == ["ok", "failed"]
+    assert results["rows"][1]["metrics"] == {}
 
 
 @pytest.mark.parametrize(

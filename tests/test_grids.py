@@ -39,6 +39,8 @@ def spacing_variable(name: str, sde: SDE, times: Tensor) -> Tensor:
         return torch.acos((2 * (times - sde.t_min) / (sde.t_max - sde.t_min) - 1).clamp(-1, 1))
     if name == "log_snr":
         return (level.alpha / level.sigma).log()
+    if name == "arctan":
+        return torch.atan((2 * level.sigma / level.alpha) ** (1 / 3))
     return (level.sigma / level.alpha) ** (1 / 7)
 
 
@@ -91,6 +93,21 @@ def test_karras_grid_is_their_equation_5() -> None:
     for rho in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="rho"):
             grids.karras(EDMSDE(), 10, rho=rho)
+
+
+def test_arctan_grid_joins_karras_and_log_snr() -> None:
+    """Its limits, and at rho = 1 the arc of ``x / radius``, whose cosine and sine are alpha and
+    sigma."""
+    sde = VPSDE()
+    far = grids.arctan(sde, 12, rho=7.0, scale=1e30)
+    torch.testing.assert_close(far, grids.karras(sde, 12), rtol=1e-3, atol=0)
+    slow = grids.arctan(sde, 12, rho=1e5)
+    torch.testing.assert_close(slow, grids.log_snr(sde, 12), rtol=1e-3, atol=0)
+    arc = sde.at(grids.arctan(sde, 12, rho=1.0, scale=1.0))
+    assert even(torch.atan2(arc.sigma, arc.alpha), 1e-9)
+    for setting in ("rho", "scale"):
+        with pytest.raises(ValueError, match=setting):
+            grids.arctan(sde, 10, **{setting: 0.0})
 
 
 # --- the chain's own times -----------------------------------------------------------------------

@@ -12,7 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 from experiments import metrics
-from experiments.estimates import Estimate, blocks, estimate, over_blocks, repeated
+from experiments.estimates import Estimate, estimate
 
 
 def normal(n: int, *event: int, seed: int = 0, shift: float = 0.0, scale: float = 1.0) -> Tensor:
@@ -31,7 +31,7 @@ def test_energy_of_shifted_normals_is_the_closed_form() -> None:
         x, y = normal(1000, seed=seed, shift=shift), normal(1000, seed=1000 + seed)
         return metrics.energy_distance(x, y, unbiased=True)
 
-    found = repeated(one, repeats=20)
+    found = estimate(map(one, range(20)))
     assert found.stderr is not None
     assert 0 < found.stderr < 0.05
     assert abs(found.value - expected) < 4 * found.stderr
@@ -54,11 +54,11 @@ def test_energy_is_scipys_squared() -> None:
 def test_energy_is_zero_between_a_set_and_itself_and_unbiased_around_zero() -> None:
     x = normal(50, 3)
     assert metrics.energy_distance(x, x) == pytest.approx(0.0, abs=1e-12)
-    floor = repeated(
-        lambda s: metrics.energy_distance(
+    floor = estimate(
+        metrics.energy_distance(
             normal(200, 2, seed=s), normal(200, 2, seed=9000 + s), unbiased=True
-        ),
-        repeats=60,
+        )
+        for s in range(60)
     )
     assert floor.stderr is not None
     assert abs(floor.value) < 4 * floor.stderr
@@ -170,56 +170,27 @@ def test_stderr_is_that_of_a_mean_and_shrinks_with_the_root_of_repeats() -> None
         estimate([])
 
 
-def test_repeated_gives_fresh_seeds() -> None:
-    seen: list[int] = []
-
-    def metric(seed: int) -> float:
-        seen.append(seed)
-        return float(seed)
-
-    assert repeated(metric, repeats=3, seed=10) == Estimate(11.0, pytest.approx(1 / math.sqrt(3)))
-    assert seen == [10, 11, 12]
-    with pytest.raises(ValueError, match="repeats"):
-        repeated(metric, repeats=0)
-
-
-def test_blocks_are_equal_parts() -> None:
-    x = torch.arange(11.0)[:, None]
-    parts = blocks(x, 3)
-    assert [p[:, 0].tolist() for p in parts] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-    with pytest.raises(ValueError, match="at least 2 samples each"):
-        blocks(x, 6)
-
-
 def test_reference_gives_what_the_functions_give() -> None:
-    true = blocks(normal(600, 2, seed=1), 3)
-    sampled = blocks(normal(600, 2, seed=2, shift=0.3), 3)
-    fine = [x + 0.01 for x in sampled]
+    true, sampled = normal(200, 2, seed=1), normal(200, 2, seed=2, shift=0.3)
     reference = metrics.Reference(true, w2_samples=100, projections=32, seed=4)
-    found = reference.compare(sampled, fine)
-    assert list(found) == ["energy", "sliced_w2", "w2", "rms", "median"]
+    found = reference.compare(sampled)
     expected = {
-        "energy": over_blocks(metrics.energy_distance, sampled, true),
-        "sliced_w2": over_blocks(
-            lambda a, b: metrics.sliced_w2(a, b, projections=32, seed=4), sampled, true
-        ),
-        "w2": over_blocks(lambda a, b: metrics.w2(a, b, samples=100), sampled, true),
-        "rms": over_blocks(metrics.rms_distance, sampled, fine),
-        "median": over_blocks(metrics.median_distance, sampled, fine),
+        "energy": metrics.energy_distance(sampled, true),
+        "sliced_w2": metrics.sliced_w2(sampled, true, projections=32, seed=4),
+        "w2": metrics.w2(sampled, true, samples=100),
     }
-    for name, (value, stderr) in expected.items():
-        assert found[name].value == pytest.approx(value, rel=1e-9)
-        assert found[name].stderr == pytest.approx(stderr, rel=1e-6, abs=1e-12)
-    floor = reference.compare(blocks(normal(600, 2, seed=3), 3))
-    assert all(floor[name].value < found[name].value for name in metrics.SET_METRICS)
-    with pytest.raises(ValueError, match="as many blocks"):
-        reference.compare(sampled[:2])
+    assert found == pytest.approx(expected, rel=1e-9)
+    floor = reference.compare(normal(200, 2, seed=3))
+    assert all(floor[name] < found[name] for name in metrics.SET_METRICS)
+    fewer = reference.compare(sampled[:150])["sliced_w2"]
+    assert fewer == pytest.approx(
+        metrics.sliced_w2(sampled[:150], true, projections=32, seed=4), rel=1e-9
+    )
 
 
 def test_scalar_events_and_images_work() -> None:
     for event in [(), (1, 4, 4)]:
-        true = blocks(normal(60, *event, seed=1), 2)
-        found = metrics.Reference(true).compare(blocks(normal(60, *event, seed=2), 2))
+        found = metrics.Reference(normal(30, *event, seed=1)).compare(normal(30, *event, seed=2))
         assert set(found) == set(metrics.SET_METRICS)
 
 
@@ -232,9 +203,7 @@ def test_bad_input_names_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="tensor of samples"):
         metrics.sliced_w2(torch.empty(0, 2), x)
     with pytest.raises(ValueError, match="Did you mean 'energy'"):
-        metrics.Reference([x], metrics=["energi"])
-    with pytest.raises(ValueError, match="at least one block"):
-        metrics.Reference([])
+        metrics.Reference(x, metrics=["energi"])
     with pytest.raises(ValueError, match="at least 2 samples"):
         metrics.energy_distance(x[:1], x, unbiased=True)
 

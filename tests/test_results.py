@@ -43,7 +43,8 @@ def valid(document: dict[str, Any]) -> dict[str, Any]:
 def test_a_run_is_valid_at_every_moment(tmp_path: Path) -> None:
     config = {"samples": 2000, "out": tmp_path, "device": torch.device("cpu"), "nfe": (10, 20)}
     with RunFolder(tmp_path / "a" / "run", "compare", config) as run:
-        run.set_floor("ring", {"energy": Estimate(0.001, None)})
+        run.floor["ring"] = {"energy": Estimate(0.001, None)}
+        run.write()
         assert valid(load_results(run.path))["rows"] == []
         run.add(row())
         run.add(row(guidance="cfg", scale=2.0, extra={"seed": 3, "label": 1, "samples": 2000}))

@@ -14,6 +14,8 @@ from sde_diffusion.sde import SDE, NoiseLevel
 from solvers.base import Coefficients, Solver, State, Step, Stepped
 from solvers.noise import Noise
 
+_POWER = 0.75  # of sigma / alpha in the variable of integration
+
 
 class Pair(NamedTuple):
     """An embedded pair whose last row is its weights, so that its last slope is the next step's
@@ -74,12 +76,15 @@ TSITOURAS = Pair(
 
 
 class _EmbeddedPair(Solver):
-    """An explicit pair in ``z = x / sqrt(alpha^2 + sigma^2)`` over ``lambda = half_log_snr``.
+    """An explicit pair in ``z = x / sqrt(alpha^2 + sigma^2)`` over ``a = arctan((sigma /
+    alpha)^(3/4))``.
 
     With ``sin = sigma / sqrt(alpha^2 + sigma^2)`` every linear SDE's probability-flow ODE (Karras
-    et al. 2022, arXiv:2206.00364, eq. 4) is ``dz/dlambda = -sin (eps - sin z)``. Its right-hand
-    side vanishes at both ends, where z is the noise and the data; in ``y = x / alpha`` over lambda
-    that of the noisy end grows like ``exp(-lambda)``.
+    et al. 2022, arXiv:2206.00364, eq. 4) is ``dz/dlambda = -sin (eps - sin z)`` over lambda =
+    half_log_snr. While x0 and eps stand still z is a sine wave of ``arctan(sigma / alpha)``, for
+    which no step is too long; over lambda the same curve has poles at a distance of pi/2, which
+    hold steps to about that. The power spreads the clean end, where the finest detail of the data
+    is. ``benchmarks/adaptive.py`` measures what that saves.
 
     The slope at a step's end is carried over (first same as last): a step costs stages - 1
     evaluations, a run one more; a step tried again costs no more.
@@ -104,9 +109,11 @@ class _EmbeddedPair(Solver):
         return ()
 
     def stages(self, sde: SDE, start: NoiseLevel, end: NoiseLevel) -> tuple[NoiseLevel, ...]:
-        ends = start.half_log_snr, end.half_log_snr
+        ends = _angle(start), _angle(end)
         inside = {
-            node: sde.at(sde.time(torch.lerp(*ends, node))) for node in self.pair.nodes if node < 1
+            node: sde.at(sde.time(-torch.lerp(*ends, node).tan().log() / _POWER))
+            for node in self.pair.nodes
+            if node < 1
         }
         return tuple(inside.get(node, end) for node in self.pair.nodes)
 
@@ -114,7 +121,7 @@ class _EmbeddedPair(Solver):
         """What makes the first slope; for each stage, what multiplies x, then each slope of
         non-zero weight, then what makes its own slope; then the error's."""
         first, last = step.start, step.end
-        span = last.half_log_snr - first.half_log_snr
+        span = _angle(last) - _angle(first)
         factors = [*_slope_factors(first)]
         for row, level in zip(self.pair.rows, step.stages, strict=True):
             factors.append(_radius(level) / _radius(first))
@@ -165,11 +172,17 @@ def _radius(level: NoiseLevel) -> Tensor:
     return torch.sqrt(level.alpha**2 + level.sigma**2)
 
 
+def _angle(level: NoiseLevel) -> Tensor:
+    return torch.atan(torch.exp(-_POWER * level.half_log_snr))
+
+
 def _slope_factors(level: NoiseLevel) -> tuple[Tensor, Tensor]:
-    """What multiplies eps and x in ``dz/dlambda``."""
+    """What multiplies eps and x in ``dz/da``."""
     radius = _radius(level)
     sine = level.sigma / radius
-    return -sine, sine**2 / radius
+    # -dlambda/da = (1 + r^2) / (_POWER r) with r = (sigma / alpha)^_POWER
+    rate = 2 / _POWER * torch.cosh(_POWER * level.half_log_snr)
+    return rate * sine, -rate * sine**2 / radius
 
 
 def _sum(

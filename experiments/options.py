@@ -1,0 +1,56 @@
+"""Options that several commands share, and lists of numbers as options."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+SOLVER_HELP = (
+    "NAME or NAME:key=value,key=value, as in probability_flow:method=rk4; repeatable. "
+    "See: sde-diffusion solvers."
+)
+GRID_HELP = "Times of the steps: time, log_snr, karras, quadratic, cosine; default: the SDE's own."
+OUT_HELP = (
+    "Folder to write; an earlier run in it is written over, any other folder that is not empty "
+    "is refused."
+)
+Seed = Annotated[int, typer.Option(help="Of all randomness; same seed, same results.")]
+Batch = Annotated[
+    int | None,
+    typer.Option("--batch-size", help="Samples at a time; the results do not depend on it."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Denoise = Annotated[
+    bool,
+    typer.Option("--denoise/--no-denoise", help="End with the estimate of x0; one evaluation."),
+]
+Grid = Annotated[str | None, typer.Option(help=GRID_HELP)]
+
+
+def whole_numbers(option: str, texts: list[str] | None) -> list[int]:
+    found = []
+    for text in parts(texts):
+        try:
+            found.append(int(text))
+        except ValueError:
+            raise ValueError(
+                f"{option} must be whole numbers, as in {option} 10,20; got {text!r}"
+            ) from None
+    return found
+
+
+def numbers(option: str, texts: list[str] | None) -> list[float]:
+    found = []
+    for text in parts(texts):
+        try:
+            found.append(float(text))
+        except ValueError:
+            raise ValueError(
+                f"{option} must be numbers, as in {option} 1,3; got {text!r}"
+            ) from None
+    return found
+
+
+def parts(texts: list[str] | None) -> list[str]:
+    return [part.strip() for text in texts or [] for part in text.split(",")]

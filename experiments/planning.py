@@ -1,0 +1,257 @@
+"""A comparison laid out: its options checked, its cells and their keys, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from experiments.budget import measured_nfe, steps_for_budget
+from experiments.cells import Kind, Task, cell_key
+from experiments.conditions import make_conditions
+from experiments.draw import make_machine
+from experiments.folders import default_out
+from experiments.judging import Cell, Judge
+from experiments.pool import Pool, usable_cores
+from experiments.spec import parse_solver, spec_of
+from experiments.subjects import ExactSubject, Subject, SubjectOptions, make_subjects
+from experiments.work import judge_of
+from sde_diffusion.errors import require_count, require_finite
+from solvers import Integrator, ProbabilityFlow, Solver, grids
+
+SOLVERS = ("ancestral", "euler_maruyama", "predictor_corrector", "probability_flow")
+BUDGETS = (10, 20, 50, 100)
+EXACT_SAMPLES, MODEL_SAMPLES = 2000, 100
+_WEIGHTS = {True: 1.0, False: 60.0}  # of one evaluation of one sample, exact or network: progress
+_WORTH_PROCESSES = 8e6  # such units, some seconds of work, make up for starting processes
+# Options that say how a run is computed, and change no figure.
+_HOW = ("out", "batch_size", "device", "jobs", "scheduler", "cell_timeout", "force")
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What the command line says; empty or None: the default."""
+
+    targets: Sequence[str] = ()
+    models: Sequence[str] = ()
+    sdes: Sequence[str] = ()
+    solvers: Sequence[str] = SOLVERS
+    budgets: Sequence[int] = BUDGETS
+    guidances: Sequence[str] = ("none",)
+    scales: Sequence[float] = ()
+    label: str | None = None
+    data: str | None = None
+    samples: int | None = None
+    repeats: int = 3
+    seed: int = 0
+    batch_size: int | None = None
+    device: str = "cpu"
+    grid: str | None = None
+    denoise: bool = False
+    out: str | None = None
+    jobs: int | None = None
+    scheduler: str | None = None
+    cell_timeout: float | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """A cell and its steps; ``budget`` and ``steps`` are None where the solver has its own."""
+
+    subject: Subject
+    cell: Cell
+    budget: int | None
+    steps: int | None
+
+    def __str__(self) -> str:
+        condition = f" · {self.cell.condition}" if str(self.cell.condition) else ""
+        count = "own steps" if self.budget is None else f"{self.budget} evaluations"
+        return (
+            f"{self.subject.name} · {self.cell.sde}{condition} · {spec_of(self.cell.solver)} · "
+            f"{count}"
+        )
+
+
+@dataclass
+class Plan:
+    """A comparison, all of whose arguments are known to be good."""
+
+    options: CompareOptions
+    sources: SubjectOptions
+    subjects: list[Subject]
+    cells: list[PlannedCell]
+    pool: Pool
+    out: str
+    samples: dict[str, int]
+
+    def tasks(self, planned: PlannedCell) -> list[Task]:
+        """The repeats of a cell."""
+        return [self._task("cell", planned, r) for r in range(self.options.repeats)]
+
+    def fine_task(self, planned: PlannedCell, repeat: int) -> Task | None:
+        """What a solver without noise is compared with sample by sample; None for others."""
+        if planned.cell.solver.stochastic:
+            return None
+        fine = Cell(planned.cell.sde, planned.cell.condition, ProbabilityFlow("rk4"))
+        return self._task("fine", PlannedCell(planned.subject, fine, None, None), repeat)
+
+    def floor_task(self, planned: PlannedCell, repeat: int) -> Task:
+        """What true samples of a cell's law score."""
+        planned = PlannedCell(planned.subject, planned.cell, None, None)
+        return self._task("floor", planned, repeat, law=str(self.judge(planned).law(planned.cell)))
+
+    def judge(self, planned: PlannedCell) -> Judge:
+        """The judge of a cell, in this process."""
+        return judge_of(self._task("cell", planned, 0), self.pool.workers)
+
+    def _task(self, kind: Kind, planned: PlannedCell, repeat: int, **more: Any) -> Task:
+        subject, cell, options = planned.subject, planned.cell, self.options
+        numbers: dict[str, Any] = {
+            "budget": planned.budget,
+            "steps": planned.steps,
+            "grid": options.grid,
+            "denoise": options.denoise,
+            "seed": options.seed,
+            "repeat": repeat,
+            "samples": self.samples[subject.name],
+        }
+        device = torch.device(options.device).type
+        # The floor of a law is the same whatever sampled it.
+        solver = ProbabilityFlow("rk4") if kind == "floor" else cell.solver
+        key = cell_key(
+            kind, subject, cell.sde, cell.condition, solver, device=device, **numbers, **more
+        )
+        return Task(
+            kind=kind,
+            key=key,
+            subjects=self.sources,
+            subject=subject.name,
+            sde=cell.sde,
+            condition=cell.condition,
+            solver=cell.solver,
+            device=options.device,
+            batch_size=options.batch_size,
+            seconds=options.cell_timeout,
+            **numbers,
+        )
+
+
+def make_plan(options: CompareOptions) -> Plan:
+    """Check everything and lay out the cells.
+
+    Raises:
+        ValueError, TypeError: whatever is wrong with the options, before any work.
+    """
+    targets = options.targets or (() if options.models else ("ring", "digits"))
+    solvers = _different([parse_solver(text) for text in options.solvers])
+    if not solvers or not options.budgets:
+        raise ValueError("--solver and --nfe need at least one value each")
+    _check_numbers(options)
+    make_conditions(options.guidances, options.scales, options.label)
+    workers = make_machine(options.device, options.batch_size).workers
+    sources = SubjectOptions(
+        tuple(targets), tuple(options.models), tuple(options.sdes), options.data
+    )
+    subjects = make_subjects(sources)
+    cells = [planned for subject in subjects for planned in _cells_of(subject, solvers, options)]
+    samples = {
+        subject.name: options.samples
+        or (EXACT_SAMPLES if isinstance(subject, ExactSubject) else MODEL_SAMPLES)
+        for subject in subjects
+    }
+    config = {name: value for name, value in asdict(options).items() if name not in _HOW}
+    out = options.out or default_out("compare", [s.name for s in subjects], config)
+    plan = Plan(options, sources, subjects, cells, Pool(), out, samples)
+    plan.pool = Pool(_jobs(plan), workers, options.scheduler)
+    return plan
+
+
+def _check_numbers(options: CompareOptions) -> None:
+    for budget in options.budgets:
+        require_count("--nfe", budget)
+    require_count("--seed", options.seed, least=0)
+    require_count("--repeats", options.repeats)
+    if options.samples is not None:
+        require_count("--samples", options.samples, least=2)
+    if options.batch_size is not None:
+        require_count("--batch-size", options.batch_size)
+    if options.jobs is not None:
+        require_count("--jobs", options.jobs)
+    if options.cell_timeout is not None:
+        require_finite("--cell-timeout", options.cell_timeout, above=0.0)
+
+
+def _cells_of(
+    subject: Subject, solvers: Sequence[Solver | Integrator], options: CompareOptions
+) -> Iterator[PlannedCell]:
+    budgets = sorted(set(options.budgets))
+    steps = {(s, b): steps_within(s, b, options.denoise) for s in solvers for b in budgets}
+    for condition in make_conditions(
+        options.guidances, options.scales, options.label, subject.unguided
+    ):
+        subject.check(condition)
+        for sde, process in subject.sdes.items():
+            if options.grid is not None:
+                grids.resolve(options.grid, process, 1)
+            for solver in solvers:
+                cell = Cell(sde, condition, solver)
+                if getattr(solver, "adaptive", False):
+                    yield PlannedCell(subject, cell, None, None)
+                    continue
+                for budget in budgets:
+                    yield PlannedCell(subject, cell, budget, steps[solver, budget])
+
+
+def _jobs(plan: Plan) -> int:
+    """As many processes as cores, where there is enough to do for them."""
+    options = plan.options
+    if options.jobs is not None:
+        return options.jobs
+    if torch.device(options.device).type != "cpu":
+        return 1
+    work = sum(work_of(plan, planned) for planned in plan.cells) * options.repeats
+    return usable_cores() if work > _WORTH_PROCESSES else 1
+
+
+def steps_within(solver: Solver | Integrator, budget: int, denoise: bool) -> int | None:
+    """The most steps within a budget of evaluations; None where the solver chooses its own.
+
+    Raises:
+        ValueError: not even one step is, or steps of this solver cost nothing.
+    """
+    if getattr(solver, "adaptive", False):
+        return None
+    least = measured_nfe(solver, 1, denoise=denoise)
+    if least > budget:
+        raise ValueError(
+            f"--nfe {budget} is too few for {spec_of(solver)}: one step costs {least:g} "
+            f"evaluations; give at least {least:g}"
+        )
+    try:
+        return steps_for_budget(solver, budget, denoise=denoise)
+    except ValueError as error:
+        raise ValueError(
+            f"--solver {spec_of(solver)} cannot be given --nfe {budget}: {error}"
+        ) from None
+
+
+def _different(solvers: Sequence[Any]) -> list[Any]:
+    found: list[Any] = []
+    for solver in solvers:
+        if solver not in found:
+            found.append(solver)
+    return found
+
+
+def work_of(plan: Plan, planned: PlannedCell) -> float:
+    """Of one repeat."""
+    weight = _WEIGHTS[isinstance(planned.subject, ExactSubject)]
+    return weight * plan.samples[planned.subject.name] * (planned.budget or 100)
+
+
+def task_work(plan: Plan, task: Task) -> float:
+    exact = any(s.name == task.subject and isinstance(s, ExactSubject) for s in plan.subjects)
+    return _WEIGHTS[exact] * task.samples * (task.budget or 100)

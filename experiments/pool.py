@@ -1,0 +1,166 @@
+"""Many cells at a time: in this process, on this machine's processes, or on a Dask cluster.
+
+Cells are independent and are known by their key, so that it does not matter which process computes
+one, or whether two do.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.cells import Task
+from experiments.records import FAILED, TIMEOUT
+from experiments.work import Done, perform, record_of
+
+Work = tuple[Task, Tensor | None]
+_GRACE = 20.0  # seconds beyond a cell's own limit before its process is ended
+_ATTEMPTS = 2  # of a cell whose process died: it may have been beside the culprit
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Where cells are computed.
+
+    Attributes:
+        jobs: processes; 1: this one, with ``workers`` chunks of samples at a time.
+        workers: threads of this process.
+        scheduler: address of a Dask scheduler, ``tcp://...``; None: this machine.
+    """
+
+    jobs: int = 1
+    workers: int = 1
+    scheduler: str | None = None
+
+    def run(
+        self, work: Sequence[Work], began: Callable[[Task], None]
+    ) -> Iterator[tuple[Task, Done]]:
+        """Each cell as it is finished, in no certain order.
+
+        Args:
+            began: told of a cell that this process is at.
+        """
+        if self.scheduler is not None:
+            return _on_cluster(self.scheduler, work)
+        if self.jobs > 1 and len(work) > 1:
+            return _in_processes(min(self.jobs, len(work)), work)
+        return self._here(work, began)
+
+    def _here(
+        self, work: Sequence[Work], began: Callable[[Task], None]
+    ) -> Iterator[tuple[Task, Done]]:
+        for task, fine in work:
+            began(task)
+            yield task, perform(task, fine, self.workers)
+
+
+def _alone(index: int, task: Task, fine: Tensor | None, marks: str | None) -> tuple[int, Done]:
+    """One cell in a process of its own, on one thread."""
+    torch.set_num_threads(1)
+    if marks is not None:
+        (Path(marks) / str(index)).touch()
+    return index, perform(task, fine)
+
+
+def _in_processes(jobs: int, work: Sequence[Work]) -> Iterator[tuple[Task, Done]]:
+    """Processes of joblib's; one that dies or hangs costs only the cell it was at."""
+    from joblib import Parallel, delayed
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+    left = dict(enumerate(work))
+    attempts: dict[int, int] = {}
+    limit = max((task.seconds for task, _ in work if task.seconds is not None), default=None)
+    while left:
+        with tempfile.TemporaryDirectory(prefix="sde-diffusion-") as marks:
+            parallel = Parallel(
+                n_jobs=jobs,
+                return_as="generator_unordered",
+                batch_size=1,
+                timeout=None if limit is None else limit + _GRACE,
+            )
+            calls = (delayed(_alone)(index, *left[index], marks) for index in list(left))
+            try:
+                for index, done in parallel(calls):
+                    task, _ = left.pop(index)
+                    yield task, done
+            except (TerminatedWorkerError, multiprocessing.TimeoutError, TimeoutError) as error:
+                for index in _under_way(Path(marks), left):
+                    attempts[index] = attempts.get(index, 0) + 1
+                    hung = not isinstance(error, TerminatedWorkerError)
+                    if hung or attempts[index] == _ATTEMPTS:
+                        task, _ = left.pop(index)
+                        yield task, _lost(task, hung)
+
+
+def _under_way(marks: Path, left: dict[int, Any]) -> list[int]:
+    """Cells that were begun and not finished."""
+    return [index for index in left if (marks / str(index)).exists()]
+
+
+def _lost(task: Task, hung: bool) -> Done:
+    if hung:
+        error = f"did not stop within --cell-timeout {task.seconds:g} s; its process was ended"
+        return Done(record_of(task, status=TIMEOUT, error=error), {})
+    error = "its process died (out of memory, or a crash in compiled code)"
+    return Done(record_of(task, status=FAILED, error=error), {})
+
+
+def _on_cluster(address: str, work: Sequence[Work]) -> Iterator[tuple[Task, Done]]:
+    """Workers of a Dask cluster; what a dead one was at goes to another."""
+    client = connect(address)
+    from distributed import as_completed
+
+    try:
+        futures = {
+            client.submit(
+                _alone, index, task, fine, None, key=f"{task.key}-{time.time_ns()}", pure=False
+            ): task
+            for index, (task, fine) in enumerate(work)
+        }
+        for future in as_completed(futures):
+            task = futures[future]
+            if future.status == "finished":
+                yield task, future.result()[1]
+            else:
+                error = f"{type(future.exception()).__name__}: {future.exception()}"
+                yield task, Done(record_of(task, status=FAILED, error=error), {})
+    finally:
+        client.close()
+
+
+def connect(address: str) -> Any:
+    """A client of a Dask scheduler.
+
+    Raises:
+        ImportError: dask.distributed is not installed.
+        ValueError: nothing answers there.
+    """
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise ImportError(
+            "--scheduler needs dask.distributed; install it with: "
+            'python -m pip install "sde-diffusion[cluster]"'
+        ) from error
+    try:
+        return Client(address, timeout="10s")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--scheduler {address!r} does not answer ({error}); start one with: dask scheduler"
+        ) from None
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
