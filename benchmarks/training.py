@@ -85,7 +85,7 @@ def peer(count: int) -> nn.Module | None:
             out_channels=SHAPE[0],
             block_out_channels=(width, 2 * width, 2 * width),
             layers_per_block=2,
-            norm_num_groups=8,
+            norm_num_groups=4,
             down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         )
@@ -94,7 +94,7 @@ def peer(count: int) -> nn.Module | None:
         with torch.device("meta"):
             return sum(p.numel() for p in make(width).parameters())
 
-    return make(min(range(16, 400, 8), key=lambda width: abs(parameters(width) - count)))
+    return make(min(range(16, 400, 4), key=lambda width: abs(parameters(width) - count)))
 
 
 def main() -> None:

@@ -57,10 +57,11 @@ def make_accelerator(
         raise ValueError("mixed_precision='fp16' needs a GPU; on the CPU use 'bf16' or 'no'")
     check_trackers(trackers)
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.state import AcceleratorState, GradientState
 
     # accelerate keeps its settings for the whole process: one run's must not meet the next one's.
-    AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
+    # Several processes have met by the first one's device, and stay together.
+    AcceleratorState._reset_state(reset_partial_state=os.environ.get("WORLD_SIZE", "1") == "1")
     GradientState._reset_state()
     return Accelerator(
         cpu=kind == "cpu",
