@@ -25,6 +25,7 @@ from experiments.options import (
     Seed,
     whole_numbers,
 )
+from experiments.recipe_command import recipe
 from experiments.restore_command import restore
 
 app = typer.Typer(
@@ -142,6 +143,7 @@ def orders(
 
 
 app.command()(train)
+app.command()(recipe)
 
 
 @app.command()

@@ -297,13 +297,14 @@ def _from_folder(
     name = Path(folder).expanduser().resolve().name
     while name in taken:
         name += "'"
-    same = [j for j in judges if _same_data(j, model)]
+    same = [j for j in judges if same_data(j, model)]
     judge = same[0] if same else model
     judges.append(model)
     return ModelSubject(name, {sde: model}, judge, _real_data(judge, options.data))
 
 
-def _same_data(a: LoadedModel, b: LoadedModel) -> bool:
+def same_data(a: LoadedModel, b: LoadedModel) -> bool:
+    """Whether two models were trained on the same data in the same scaling."""
     return (a.data.name, a.event_shape, a.data.scaling) == (
         b.data.name,
         b.event_shape,

@@ -39,6 +39,7 @@ __all__ = [
     "TrainConfig",
     "completed",
     "noise_scales_chosen",
+    "overlaid",
     "override",
     "parse_config",
     "read_config",
@@ -216,7 +217,13 @@ def parse_config(text: str, where: str) -> TrainConfig:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{where} is not TOML: {error}") from error
-    return _checked(_overlaid(_plain(TrainConfig()), values, where), where)
+    return overlaid(TrainConfig(), values, where)
+
+
+def overlaid(config: TrainConfig, values: Mapping[str, Any], where: str) -> TrainConfig:
+    """The config with the tables and keys of `values` put over its own. Raises as `read_config`
+    does; `where` is what its messages name."""
+    return _checked(_overlaid(_plain(config), values, where), where)
 
 
 def override(config: TrainConfig, assignment: str, where: str = "--set") -> TrainConfig:
@@ -239,8 +246,7 @@ def override(config: TrainConfig, assignment: str, where: str = "--set") -> Trai
         value = text.strip()
     for key in reversed(keys):
         value = {key: value}
-    named = f"{where} {assignment}"
-    return _checked(_overlaid(_plain(config), value, named), named)
+    return overlaid(config, value, f"{where} {assignment}")
 
 
 def noise_scales_chosen(config: TrainConfig, data: Dataset) -> tuple[TrainConfig, str]:
