@@ -12,7 +12,7 @@ from torch import Tensor
 from sde_diffusion.errors import require_finite, unknown_name
 
 GUIDANCES = ("none", "classifier", "cfg")
-ALL = "all"
+ALL: Literal["all"] = "all"
 
 Law = Literal["whole", "conditional", "guided"]
 

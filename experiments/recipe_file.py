@@ -63,7 +63,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Sweep:
-    """``[experiment.sweep]``: one solver, one number of evaluations, guidances at several scales."""
+    """``[experiment.sweep]``: one solver at one NFE, guidances at several scales."""
 
     guidances: tuple[str, ...] = ("classifier", "cfg")
     scales: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)

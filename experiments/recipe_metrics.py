@@ -23,8 +23,8 @@ class RecipeMetrics:
 
     ``frechet``: to the training data, in the judge's features. ``accuracy``: share that the judge
     takes for their label. ``own_accuracy``: the same by the classifier that guides, at its lowest
-    noise. ``variance``: within classes, of pixels in the data's range, over that of the training data. ``recall``:
-    share of held-out digits near a sample, in the judge's features.
+    noise. ``variance``: within classes, of pixels in the data's range, over that of the training
+    data. ``recall``: share of held-out data near a sample, in the judge's features.
 
     Args:
         models: whose judge and data measure.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
 from experiments.canvas import GREY, WIDTH, Look, in_order, picture
@@ -21,7 +22,7 @@ from experiments.spec import parse_solver
 from experiments.subjects import ModelSubject
 from solvers import Integrator, sample
 
-__all__ = ["sweep_figure", "strip_of_guidances"]
+__all__ = ["strip_of_guidances", "sweep_figure"]
 
 Rows = Sequence[Mapping[str, Any]]
 Found = Mapping[str, Any]
@@ -31,11 +32,11 @@ _PER_GUIDANCE = 2  # samples of each guidance in a strip
 
 
 def sweep_figure(path: Path, rows: Rows, floor: Mapping[str, Found]) -> None:
-    """Accuracy, Fréchet distance and diversity by guidance scale, and one against the other.
+    """Accuracy, Fréchet distance and diversity by guidance scale, and quality against diversity.
 
     Args:
         path: the PNG to write.
-        rows: of a sweep, as in results.json.
+        rows: of a model's sweep, as in results.json.
         floor: name -> estimate of held-out data.
     """
     guidances = in_order([row["guidance"] for row in rows])
@@ -57,14 +58,17 @@ def sweep_figure(path: Path, rows: Rows, floor: Mapping[str, Found]) -> None:
         _floor(trade, floor.get("frechet"))
         accuracy.set_ylabel("label accuracy")
         frechet.set_ylabel("Fréchet distance")
-        frechet.set_yscale("log")
         diversity.set_ylabel("variance within classes, recall")
         diversity.set_ylim(bottom=0)
-        trade.set_xlabel("label accuracy, independent judge")
+        trade.set_xlabel("variance within classes; numbers: γ")
         trade.set_ylabel("Fréchet distance")
-        trade.set_yscale("log")
         for ax in (accuracy, frechet, diversity):
             ax.legend(fontsize=7.5)
+        for ax in (frechet, trade):
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+            ax.yaxis.set_minor_formatter(NullFormatter())
         figure.supxlabel(
             "Bars: ± 1 standard error. Dashed: held-out data. Variance: 1 is that of the training "
             "data; recall, thin: of held-out data.",
@@ -94,7 +98,7 @@ def _line(ax: Axes, rows: Rows, metric: str, look: Look, name: str, *, thin: boo
 
 def _trade_off(ax: Axes, rows: Rows, look: Look, name: str) -> None:
     points = [
-        (row["metrics"]["accuracy"]["value"], row["metrics"]["frechet"]["value"], row["scale"])
+        (row["metrics"]["variance"]["value"], row["metrics"]["frechet"]["value"], row["scale"])
         for row in rows
     ]
     ax.plot(

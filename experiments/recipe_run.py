@@ -34,7 +34,7 @@ from sde_diffusion.errors import require_count
 __all__ = ["Cooked", "RecipeOptions", "cook", "planned_recipe"]
 
 COSTS = "costs.json"
-QUALITY, GUIDANCE = "quality.png", "guidance.png"
+QUALITY = "quality.png"
 SHEET = 100  # samples in a picture
 
 
@@ -106,7 +106,7 @@ def cook(recipe: Recipe, out: Path, device: str = "cpu") -> Cooked:
     """Run a recipe.
 
     Writes models (``models/NAME``, unless a shipped one stands for it), ``results.json``,
-    ``quality.png`` (comparisons), ``guidance.png`` (sweep), ``costs.json`` and, for each model,
+    ``quality.png`` (comparisons), ``costs.json`` and, for each model, ``guidance-NAME.png``,
     ``strip-NAME.png`` and ``samples-NAME.png``: of the cell nearest to the data.
     """
     experiment = recipe.experiment
@@ -170,11 +170,11 @@ def _pictures(
     if compared:
         quality_vs_nfe(out / QUALITY, compared, floor, metrics=dict.fromkeys(sheets, "frechet"))
         files.append(QUALITY)
-    swept = [row for row in folder.rows if row["part"] == SWEEP]
-    if swept:
-        sweep_figure(out / GUIDANCE, swept, next(iter(floor.values())))
-        files.append(GUIDANCE)
     for name, subject in models.subjects.items():
+        swept = [r for r in folder.rows if r["part"] == SWEEP and r["target"] == name]
+        if swept:
+            sweep_figure(out / f"guidance-{name}.png", swept, floor[name])
+            files.append(f"guidance-{name}.png")
         strip_of_guidances(out / f"strip-{name}.png", experiment.strip, subject, experiment.seed)
         files.append(f"strip-{name}.png")
         if name in sheets:
