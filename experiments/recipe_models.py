@@ -36,9 +36,12 @@ def models_of(recipe: Recipe, out: Path) -> RecipeModels:
     training that was interrupted.
 
     Raises:
-        ValueError: models of different data.
+        ValueError: models or a judge of different data.
         CheckpointError: the folder holds a model of other settings; it names the setting.
     """
+    named = recipe.experiment.judge
+    judge = None if named is None else load_model(named)
+    data = _data_of(recipe, judge)
     loaded: dict[str, LoadedModel] = {}
     for name, config in recipe.models.items():
         if name in recipe.shipped:
@@ -47,17 +50,32 @@ def models_of(recipe: Recipe, out: Path) -> RecipeModels:
         folder = out / MODELS / name
         config = replace(config, run=replace(config.run, out=str(folder)))
         loaded[name] = load_model(train_config(config, resume=folder.is_dir()))
-    first = next(iter(loaded.values()))
-    judge = first if recipe.experiment.judge is None else load_model(recipe.experiment.judge)
-    for name, model in loaded.items():
-        if not same_data(judge, model):
-            raise ValueError(
-                f"model {name!r} was trained on {model.data.name}, and the judge on "
-                f"{judge.data.name}; name another judge in [experiment], or none"
-            )
-    data = next(iter(recipe.models.values())).data.load()
+    judge = judge or next(iter(loaded.values()))
     subjects = {
         name: ModelSubject(name, {sde_name(model.sde): model}, judge, data)
         for name, model in loaded.items()
     }
     return RecipeModels(subjects, judge, data)
+
+
+def _data_of(recipe: Recipe, judge: LoadedModel | None) -> Dataset:
+    """The data that all models of a recipe, and its judge, learn from."""
+    first, *others = recipe.models.items()
+    data = first[1].data.load()
+    for name, config in others:
+        if config.data != first[1].data:
+            raise ValueError(
+                f"models {first[0]!r} and {name!r} of recipe {recipe.name!r} learn from different "
+                "data, and cannot be compared; give [train.data] alone"
+            )
+    own = data.describe()
+    for what, model in (
+        ("the judge", judge),
+        *((f"model {name!r}", load_model(known)) for name, known in recipe.shipped.items()),
+    ):
+        if model is not None and not same_data(own, model.data):
+            raise ValueError(
+                f"{what} of recipe {recipe.name!r} learned from {model.data.name!r}, and "
+                f"[train.data] names {own.name!r}; leave it out, or name another"
+            )
+    return data

@@ -47,7 +47,8 @@ def sweep_figure(path: Path, rows: Rows, floor: Mapping[str, Found]) -> None:
             look, name = Look(k), _NAMES[guidance]
             _line(accuracy, here, "accuracy", look, f"{name}: independent judge")
             if guidance == "classifier":
-                _line(accuracy, here, "own_accuracy", Look(k + 2), "its own guiding classifier")
+                own = "its own guiding classifier"
+                _line(accuracy, here, "own_accuracy", Look(k + 6), own, thin=True)
             _line(frechet, here, "frechet", look, name)
             _line(diversity, here, "variance", look, f"{name}: variance")
             _line(diversity, here, "recall", look, f"{name}: recall", thin=True)

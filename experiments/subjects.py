@@ -32,7 +32,7 @@ from sde_diffusion.checkpoints import (
     load_model,
     shipped_models,
 )
-from sde_diffusion.data import Dataset, load_data
+from sde_diffusion.data import DataDescription, Dataset, load_data
 from sde_diffusion.errors import unknown_name
 from sde_diffusion.storage import read_json
 
@@ -297,19 +297,15 @@ def _from_folder(
     name = Path(folder).expanduser().resolve().name
     while name in taken:
         name += "'"
-    same = [j for j in judges if same_data(j, model)]
+    same = [j for j in judges if same_data(j.data, model.data)]
     judge = same[0] if same else model
     judges.append(model)
     return ModelSubject(name, {sde: model}, judge, _real_data(judge, options.data))
 
 
-def same_data(a: LoadedModel, b: LoadedModel) -> bool:
+def same_data(a: DataDescription, b: DataDescription) -> bool:
     """Whether two models were trained on the same data in the same scaling."""
-    return (a.data.name, a.event_shape, a.data.scaling) == (
-        b.data.name,
-        b.event_shape,
-        b.data.scaling,
-    )
+    return (a.name, a.event_shape, a.scaling) == (b.name, b.event_shape, b.scaling)
 
 
 def _real_data(model: LoadedModel, source: str | None) -> Dataset | None:
