@@ -29,6 +29,7 @@ _SDE_NAMES = {
     "subvp": "sub-VP",
     "cosine": "cosine VP",
     "edm": "EDM",
+    "tabulatedvp": "DDPM chain",
 }
 
 

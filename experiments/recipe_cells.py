@@ -34,7 +34,7 @@ class RecipeCell:
         condition: guidance, scale and classes.
         solver: as ``--solver`` takes it.
         nfe: the budget.
-        denoise, grid: as in `Comparison`.
+        denoise, grid, drawn: as in `Comparison`.
     """
 
     part: str
@@ -44,6 +44,7 @@ class RecipeCell:
     nfe: int
     denoise: bool = False
     grid: str | None = None
+    drawn: bool = True
 
     def __str__(self) -> str:
         return f"{self.subject.name} · {self.condition} · {self.solver} · {self.nfe} evaluations"
@@ -52,7 +53,8 @@ class RecipeCell:
 def comparison_cells(comparison: Comparison, subject: ModelSubject) -> Iterator[RecipeCell]:
     """Every solver at every number of evaluations, unguided, all classes in turn."""
     for solver in comparison.solvers:
-        for nfe in comparison.nfe:
+        own_steps = getattr(parse_solver(solver), "adaptive", False)
+        for nfe in comparison.nfe[:1] if own_steps else comparison.nfe:
             yield RecipeCell(
                 COMPARISON,
                 subject,
@@ -61,6 +63,7 @@ def comparison_cells(comparison: Comparison, subject: ModelSubject) -> Iterator[
                 nfe,
                 comparison.denoise,
                 comparison.grid,
+                comparison.drawn,
             )
 
 
@@ -98,7 +101,7 @@ def draw_cell(
             ids=ids,
             steps=steps,
             seed=experiment.seed,
-            grid=cell.grid,
+            grid=None if steps is None else cell.grid,
             denoise=cell.denoise,
             suggested=subject.suggested,
         )
@@ -118,7 +121,8 @@ def draw_cell(
         metrics=metrics.of(drawn.x, labels, subject.models[sde]),
         extra={
             "part": cell.part,
-            "budget": cell.nfe,
+            "drawn": cell.drawn,
+            "budget": None if steps is None else cell.nfe,
             "spec": label,
             "solver_label": label,
             "label": cell.condition.label,

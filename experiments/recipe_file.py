@@ -5,7 +5,7 @@
     [variants.NAME.TABLE]       tables put over it, for each of several models; without: one model
     [shipped]                   NAME = "digits-vp": a shipped model stands for a variant
     [experiment]                judge, samples, repeats, seed
-    [[experiment.compare]]      title, solvers, nfe, denoise, grid: quality by evaluations
+    [[experiment.compare]]      solvers, nfe, denoise, grid, drawn: quality by evaluations
     [experiment.sweep]          guidances, scales, solver, nfe: quality by guidance scale
     [experiment.strip]          label, scale, solver, nfe: from noise to sample
 
@@ -48,12 +48,14 @@ class Comparison:
         nfe: score evaluations per sample.
         denoise: end with the estimate of x0, one evaluation of the budget.
         grid: times of the steps; None: the SDE's own.
+        drawn: whether it is in the picture, as well as in the table.
     """
 
     solvers: tuple[str, ...]
     nfe: tuple[int, ...]
     denoise: bool = False
     grid: str | None = None
+    drawn: bool = True
 
     def __post_init__(self) -> None:
         for text in self.solvers:

@@ -166,7 +166,7 @@ def _pictures(
     out, files = folder.path, []
     floor = folder.as_dict()["floor"]
     bar.now("pictures")
-    compared = [row for row in folder.rows if row["part"] == COMPARISON]
+    compared = [row for row in folder.rows if row["part"] == COMPARISON and row["drawn"]]
     if compared:
         quality_vs_nfe(out / QUALITY, compared, floor, metrics=dict.fromkeys(sheets, "frechet"))
         files.append(QUALITY)

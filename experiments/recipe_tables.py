@@ -19,7 +19,7 @@ Rows = Sequence[Mapping[str, Any]]
 _WORDS = {
     "frechet": "Fréchet",
     "accuracy": "accuracy",
-    "own_accuracy": "by its own classifier",
+    "own_accuracy": "its own",
     "variance": "variance",
     "recall": "recall",
 }
@@ -41,7 +41,7 @@ def _table(target: str, part: str, rows: Rows, cooked: Cooked) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, title_justify="left")
     table.title = f"{target}: {rows[0]['samples']:,} samples, {rows[0]['repeats']} repeats"
     first = "solver" if part == COMPARISON else f"guidance, {rows[0]['spec']}"
-    table.add_column(first)
+    table.add_column(first, overflow="fold", min_width=30)
     table.add_column("NFE", justify="right")
     for name in metrics:
         table.add_column(_WORDS[name], justify="right", no_wrap=True)
