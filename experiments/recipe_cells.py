@@ -34,7 +34,7 @@ class RecipeCell:
         condition: guidance, scale and classes.
         solver: as ``--solver`` takes it.
         nfe: the budget.
-        denoise, grid, drawn: as in `Comparison`.
+        denoise, grid, drawn, name: as in `Comparison`.
     """
 
     part: str
@@ -45,6 +45,7 @@ class RecipeCell:
     denoise: bool = False
     grid: str | None = None
     drawn: bool = True
+    name: str | None = None
 
     def __str__(self) -> str:
         return f"{self.subject.name} · {self.condition} · {self.solver} · {self.nfe} evaluations"
@@ -64,6 +65,7 @@ def comparison_cells(comparison: Comparison, subject: ModelSubject) -> Iterator[
                 comparison.denoise,
                 comparison.grid,
                 comparison.drawn,
+                comparison.name,
             )
 
 
@@ -106,7 +108,7 @@ def draw_cell(
             suggested=subject.suggested,
         )
     labels = cell.condition.class_of(ids, subject.num_classes or 1)
-    label = spec_of(solver) + (", denoised" if cell.denoise else "")
+    label = (cell.name or spec_of(solver)) + (", denoised" if cell.denoise else "")
     row = Row(
         solver=name_of(type(solver)),
         settings=settings_of(solver),
@@ -123,7 +125,7 @@ def draw_cell(
             "part": cell.part,
             "drawn": cell.drawn,
             "budget": None if steps is None else cell.nfe,
-            "spec": label,
+            "spec": spec_of(solver),
             "solver_label": label,
             "label": cell.condition.label,
             "guided_by": cell.condition.guided_by,

@@ -5,7 +5,7 @@
     [variants.NAME.TABLE]       tables put over it, for each of several models; without: one model
     [shipped]                   NAME = "digits-vp": a shipped model stands for a variant
     [experiment]                judge, samples, repeats, seed
-    [[experiment.compare]]      solvers, nfe, denoise, grid, drawn: quality by evaluations
+    [[experiment.compare]]      solvers, nfe, denoise, grid, drawn, name: quality by evaluations
     [experiment.sweep]          guidances, scales, solver, nfe: quality by guidance scale
     [experiment.strip]          label, scale, solver, nfe: from noise to sample
 
@@ -49,6 +49,7 @@ class Comparison:
         denoise: end with the estimate of x0, one evaluation of the budget.
         grid: times of the steps; None: the SDE's own.
         drawn: whether it is in the picture, as well as in the table.
+        name: of its single solver, where its settings are too long for a picture.
     """
 
     solvers: tuple[str, ...]
@@ -56,8 +57,11 @@ class Comparison:
     denoise: bool = False
     grid: str | None = None
     drawn: bool = True
+    name: str | None = None
 
     def __post_init__(self) -> None:
+        if self.name is not None and len(self.solvers) != 1:
+            raise ValueError(f"name={self.name!r} needs a single solver, got {len(self.solvers)}")
         for text in self.solvers:
             for budget in self.nfe:
                 steps_within(parse_solver(text), require_count("nfe", budget), self.denoise)

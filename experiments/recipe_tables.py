@@ -46,7 +46,7 @@ def _table(target: str, part: str, rows: Rows, cooked: Cooked) -> Table:
     for name in metrics:
         table.add_column(_WORDS[name], justify="right", no_wrap=True)
     for row in rows:
-        what = row["spec"] if part == COMPARISON else row["guided_by"]
+        what = row["solver_label"] if part == COMPARISON else row["guided_by"]
         found = [row["metrics"].get(name) for name in metrics]
         table.add_row(what, f"{row['nfe']:g}", *(number(**f) if f else "" for f in found))
     table.add_section()
