@@ -30,7 +30,7 @@ NAMES = (
     "score_sde",
 )
 # Those that sample shipped weights, or train the smallest network, run in the default suite.
-QUICK = ("classifier_guidance", "ddpm", "ncsnv2")
+QUICK = ("classifier_guidance", "ncsnv2")
 
 
 def run(*arguments: str | Path) -> Any:
