@@ -32,6 +32,7 @@ GRIDS: dict[str, grids.Grid] = {
     "arctan": grids.arctan,
     "arctan(2, 1/4)": partial(grids.arctan, rho=2.0, scale=0.25),
     "arctan(4, 1)": partial(grids.arctan, rho=4.0, scale=1.0),
+    "arctan(4, 4)": partial(grids.arctan, rho=4.0, scale=4.0),
 }
 SAMPLES = 2048
 FINE_STEPS = 500

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import adaptive
 from sde_diffusion.storage import read_json
 
 FITTED_TARGET = 0.7
@@ -42,7 +43,7 @@ def report(folder: Path) -> str:
     pieces: dict[str, dict[str, Any]] = {
         path.stem: read_json(path) for path in sorted(folder.glob("*.json"))
     }
-    problems = dict.fromkeys(name.rsplit("-", 2)[0] for name in pieces if "float" in name)
+    problems = dict.fromkeys(name.rsplit("-", 2)[0] for name in pieces if name.endswith("-ours"))
     verdicts: list[Verdict] = []
     lines: list[str] = []
     for problem in problems:
@@ -113,13 +114,13 @@ def _sde_table(pieces: dict[str, dict[str, Any]], verdicts: list[Verdict]) -> It
 def _adaptive_table(pieces: dict[str, dict[str, Any]], verdicts: list[Verdict]) -> Iterator[str]:
     yield from ("", "### Adaptive: evaluations over those of dopri5 in t, at equal RMS", "")
     rows = {name: record for name, record in pieces.items() if name.endswith("-adaptive")}
-    errors = list(next(iter(rows.values()), {}).get("ratios", []))
+    errors = [f"{error:.0e}" for error in adaptive.ERRORS]
     yield "| target, SDE | " + " | ".join(f"RMS {error}" for error in errors) + " |"
     yield "| --- |" + " ---: |" * len(errors)
     for name, record in rows.items():
         target, sde, _ = name.split("-")
         cells = []
-        for error, (ratio, solver) in record["ratios"].items():  # the same errors in every record
+        for error, (ratio, solver) in adaptive.ratios(record).items():
             cells.append(f"{_ratio(ratio, ADAPTIVE_TARGET)} {solver}" if ratio else "-")
             if ratio:
                 where = f"{target}, {sde}, RMS {error}"

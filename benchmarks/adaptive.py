@@ -24,6 +24,7 @@ from solvers.methods.probability_flow import ProbabilityFlow
 
 SAMPLES = 64
 FINE_STEPS = 1500
+PEER = "dopri5 in t"
 TOLERANCES = tuple(10 ** (-k / 2) for k in range(4, 15))
 ERRORS = (1e-2, 1e-3, 1e-4, 1e-5)
 
@@ -47,15 +48,18 @@ def raw_dopri5(score_fn: ScoreFn, sde: SDE, x: Tensor, tolerance: float) -> tupl
 
 
 def evaluations_at(error: float, runs: list[tuple[float, float]]) -> float:
-    """Evaluations for an RMS of ``error``, from ``(rms, nfe)`` pairs; NaN outside their range."""
-    runs = sorted(runs)
-    errors, counts = (np.log([run[k] for run in runs]) for k in (0, 1))
+    """Evaluations for an RMS of ``error``, from ``(rms, nfe)`` pairs; NaN outside their range.
+
+    Runs that another one beats in both are left out: the RMS is ruled by a few samples, and now and
+    then by luck.
+    """
+    front = [run for run in runs if not any(a < run[0] and b <= run[1] for a, b in runs)]
+    errors, counts = (np.log([run[k] for run in sorted(front)]) for k in (0, 1))
     return float(np.exp(np.interp(math.log(error), errors, counts, math.nan, math.nan)))
 
 
 def measure(target_name: str, sde_name: str) -> dict[str, Any]:
-    """``dopri5`` and each pair: ``[[RMS, evaluations], ...]`` by tolerance; ``ratios``: at each
-    RMS, ours over theirs of the pair that needs fewest, and its name (None outside the range)."""
+    """``dopri5`` and each pair: ``[[RMS, evaluations], ...]`` by tolerance."""
     sde, target = named_sde(sde_name), named_target(target_name)
     score_fn = target.score_fn(sde)
     like = torch.empty(SAMPLES, target.dimension, dtype=torch.float64)
@@ -67,19 +71,25 @@ def measure(target_name: str, sde_name: str) -> dict[str, Any]:
 
     raw = (raw_dopri5(score_fn, sde, x, tolerance) for tolerance in TOLERANCES)
     peer = [(rms(end), nfe) for end, nfe in raw]
-    found: dict[str, Any] = {"dopri5 in t": peer}
+    found: dict[str, Any] = {PEER: peer}
     for pair in (BogackiShampine(), DormandPrince(), Tsitouras()):
         runs = (sample(score_fn, sde, pair, x=x, plan=Adaptive(t, t)) for t in TOLERANCES)
         found[type(pair).__name__] = [(rms(run.x), float(run.nfe)) for run in runs]
-    found["ratios"] = {
+    return found
+
+
+def ratios(found: dict[str, Any]) -> dict[str, tuple[float | None, str]]:
+    """At each RMS: our evaluations over dopri5's, of the pair that needs fewest, and its name; None
+    outside the range."""
+    peer = found[PEER]
+    return {
         f"{error:.0e}": _least(
             (evaluations_at(error, runs) / evaluations_at(error, peer), name)
             for name, runs in found.items()
-            if runs is not peer
+            if name != PEER
         )
         for error in ERRORS
     }
-    return found
 
 
 def _least(ratios: Iterable[tuple[float, str]]) -> tuple[float | None, str]:
@@ -90,7 +100,7 @@ def main() -> None:
     for target_name in ("ring", "gmm16"):
         for sde_name in ("vp", "ve"):
             found = measure(target_name, sde_name)
-            print(target_name, sde_name, found.pop("ratios"))
+            print(target_name, sde_name, ratios(found))
             for name, runs in found.items():
                 shown = " ".join(f"{nfe:.0f}:{error:.1e}" for error, nfe in runs)
                 print(f"  {name:16} {shown}", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from rich import box
@@ -54,6 +55,7 @@ def run_orders(options: orders.OrdersOptions) -> bool:
     """``sde-diffusion orders``; whether every solver passed that is not a peer."""
     started = time.monotonic()
     plan = orders.make_plan(options)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)  # it comments on settings in every run
     with ProgressBar() as bar:
         file, certificates = orders.run(plan, bar)
         bar.now("picture")

@@ -96,12 +96,12 @@ def run(plan: Plan, progress: Progress) -> Outcome:
     outcome = Outcome(plan, folder, store)
     rows = _Rows(outcome)
     progress.start(sum(work_of(plan, planned) for planned in plan.cells) * options.repeats)
-    where = "the start"
+    where = ""
 
     def began(task: Task) -> None:
         nonlocal where
-        where = str(task)
-        progress.now(where)
+        where = f" at {task}"
+        progress.now(str(task))
 
     try:
         with folder, one_thread_each():
@@ -109,7 +109,7 @@ def run(plan: Plan, progress: Progress) -> Outcome:
             _references(plan, store, began)
             tasks = [task for planned in plan.cells for task in plan.tasks(planned)]
             for task, done in _computed(plan, store, tasks, began):
-                began(task)
+                progress.now(str(task))
                 progress.done(task_work(plan, task))
                 rows.add(done)
             rows.write()
@@ -117,7 +117,7 @@ def run(plan: Plan, progress: Progress) -> Outcome:
     except KeyboardInterrupt:
         rows.write()
         raise Interrupted(
-            f"interrupted at {where}; {len(folder.rows)} of {len(plan.cells)} rows are finished "
+            f"interrupted{where}; {len(folder.rows)} of {len(plan.cells)} rows are finished "
             f"and kept in {folder.path}; the same command goes on from there"
         ) from None
     return outcome

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from experiments.results import environment, plain, write_whole
 from experiments.spec import parse_solver, spec_of
 from experiments.subjects import ExactSubject, ModelSubject, Subject, SubjectOptions, make_subjects
 from sde_diffusion.errors import require_count, require_finite
+from sde_diffusion.storage import write_bytes
 from solvers import Adaptive
 from solvers.encoding import change_class, interpolate, make_route, round_trip
 
@@ -160,7 +162,9 @@ def run(plan: InterpolatePlan, progress: Progress) -> Interpolated:
     raw = x
     if isinstance(subject, ModelSubject):
         raw = subject.judge.data.scaling.to_raw(x)
-    _write_array(folder / ARRAY, raw)
+    content = io.BytesIO()
+    np.save(content, raw.numpy(), allow_pickle=False)
+    write_bytes(folder / ARRAY, content.getvalue())
     document = {
         "format": "sde-diffusion-interpolation",
         "version": 1,
@@ -252,13 +256,3 @@ def _images(path: Path, columns: list[Tensor], names: list[str], title: str) -> 
                     spine.set_color(COLOURS[1])
                     spine.set_linewidth(1.6)
             axes[0, j].set_title(name, fontsize=8.5, pad=3)
-
-
-def _write_array(path: Path, x: Tensor) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.save(file, x.numpy(), allow_pickle=False)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from experiments.compare import Progress
 from experiments.conditions import Condition, make_conditions
 from experiments.draw import Machine, make_machine
 from experiments.folders import default_out, prepare_out
+from experiments.likelihood_figures import Figures, lines, summarised, together
 from experiments.results import environment, plain, write_whole
 from experiments.spec import parse_solver, spec_of
 from experiments.subjects import ExactSubject, ModelSubject, Subject, SubjectOptions, make_subjects
@@ -99,25 +97,6 @@ class LikelihoodPlan:
 
 
 @dataclass
-class Figures:
-    """Per-sample results, ``(N,)`` float64 each, in nats but as said; ``None`` where not had."""
-
-    log_prob: Tensor
-    stderr: Tensor
-    reached: Tensor
-    nfe: Tensor
-    truncation: Tensor | None = None
-    prior_mismatch: Tensor | None = None
-    bits_per_dim: Tensor | None = None
-    bits_stderr: Tensor | None = None
-    bound: Tensor | None = None
-    bound_stderr: Tensor | None = None
-    vlb: Tensor | None = None
-    truth: Tensor | None = None
-    predicted: Tensor | None = None
-
-
-@dataclass
 class Measured:
     """What a run found and wrote."""
 
@@ -178,9 +157,9 @@ def run(plan: LikelihoodPlan, progress: Progress) -> Measured:
         progress.now(f"{subject.name} · {plan.sde} · {spec_of(plan.solver)}")
         parts.append(_batch(plan, ids))
         progress.done(len(ids))
-    figures = _together(parts)
-    summary = _summary(plan, figures)
-    write_whole(folder / TABLE, _csv(plan, figures))
+    figures = together(parts)
+    summary = summarised(figures, plan.labels)
+    write_whole(folder / TABLE, lines(figures, plan.labels))
     document = {
         "format": "sde-diffusion-likelihood",
         "version": 1,
@@ -378,57 +357,3 @@ def _predicted(plan: LikelihoodPlan, x: Tensor, ids: Tensor) -> Tensor:
         model, weights = subject.models[plan.sde].model, None  # type: ignore[attr-defined]
     settings = {**plan.settings, "sample_ids": ids}
     return class_posterior(model, process, x, weights=weights, **settings).label.cpu()
-
-
-def _together(parts: list[Figures]) -> Figures:
-    found = {}
-    for item in fields(Figures):
-        values = [getattr(part, item.name) for part in parts]
-        found[item.name] = None if values[0] is None else torch.cat([v.cpu() for v in values])
-    return Figures(**found)  # type: ignore[arg-type]
-
-
-def _summary(plan: LikelihoodPlan, figures: Figures) -> dict[str, float]:
-    """Means over the samples that arrived, with their standard errors over samples."""
-    kept = figures.reached
-    summary: dict[str, float] = {"samples": len(kept), "not reached": int((~kept).sum())}
-
-    def add(name: str, values: Tensor | None) -> None:
-        if values is not None and bool(kept.any()):
-            chosen = values[kept].double()
-            summary[name] = float(chosen.mean())
-            summary[f"{name} stderr"] = float(chosen.std() / math.sqrt(len(chosen)))
-
-    add("log likelihood", figures.log_prob)
-    add("bits per dim", figures.bits_per_dim)
-    add("vlb", figures.vlb)
-    add("truncation", figures.truncation)
-    add("prior mismatch", figures.prior_mismatch)
-    add("bound", figures.bound)
-    add("probe stderr", figures.stderr)
-    add("dequantisation stderr", figures.bits_stderr)
-    if figures.truth is not None:
-        add("truth", figures.truth)
-        add("absolute error", (figures.log_prob - figures.truth).abs())
-    if figures.predicted is not None and plan.labels is not None:
-        right = (figures.predicted == plan.labels).double()
-        summary["accuracy"] = float(right.mean())
-        summary["accuracy stderr"] = float(right.std() / math.sqrt(len(right)))
-    summary["nfe"] = float(figures.nfe.mean())
-    return summary
-
-
-def _csv(plan: LikelihoodPlan, figures: Figures) -> str:
-    columns = {
-        item.name: getattr(figures, item.name).tolist()
-        for item in fields(figures)
-        if getattr(figures, item.name) is not None
-    }
-    if plan.labels is not None:
-        columns = {"label": plan.labels.tolist(), **columns}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["index", *columns])
-    for index, row in enumerate(zip(*columns.values(), strict=True)):
-        writer.writerow([index, *row])
-    return text.getvalue()

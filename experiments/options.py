@@ -10,7 +10,9 @@ SOLVER_HELP = (
     "NAME or NAME:key=value,key=value, as in probability_flow:method=rk4; repeatable. "
     "See: sde-diffusion solvers."
 )
-GRID_HELP = "Times of the steps: time, log_snr, karras, quadratic, cosine; default: the SDE's own."
+GRID_HELP = (
+    "Times of the steps: time, log_snr, karras, arctan, quadratic, cosine; default: the SDE's own."
+)
 OUT_HELP = (
     "Folder to write; an earlier run in it is written over, any other folder that is not empty "
     "is refused."

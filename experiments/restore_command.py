@@ -130,7 +130,7 @@ def restore(
 def _restore(options: RestoreOptions) -> None:
     from experiments import restore
     from experiments.progress import ProgressBar
-    from experiments.tables import make_console
+    from experiments.tables import make_console, wrote
 
     started = time.monotonic()
     plan = restore.make_plan(options)
@@ -151,13 +151,13 @@ def _restore(options: RestoreOptions) -> None:
     )
     console = make_console()
     console.print(table)
-    _wrote(console, str(made.folder), made.files, started)
+    wrote(console, made.folder, list(made.files), started)
 
 
 def _measure(options: RestoreOptions) -> None:
     from experiments import restore_table
     from experiments.progress import ProgressBar
-    from experiments.tables import make_console, number
+    from experiments.tables import make_console, number, wrote
 
     started = time.monotonic()
     plan = restore_table.make_plan(options)
@@ -184,7 +184,7 @@ def _measure(options: RestoreOptions) -> None:
     )
     console = make_console()
     console.print(table)
-    _wrote(console, str(folder), [restore_table.TABLE], started)
+    wrote(console, folder, [restore_table.TABLE], started)
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Any:
@@ -201,14 +201,3 @@ def _table(title: str, columns: tuple[str, ...]) -> Any:
 def _costs(row: dict[str, Any]) -> list[str]:
     counts = ["" if row[key] is None else f"{row[key]:g}" for key in ("nfe", "network_passes")]
     return [*counts, "" if row["ess"] is None else f"{row['ess']:.1f}", f"{row['seconds']:.2g}"]
-
-
-def _wrote(console: Any, folder: str, names: Any, started: float) -> None:
-    from rich.text import Text
-
-    seconds = time.monotonic() - started
-    console.print(
-        Text.assemble(
-            ("wrote ", ""), (f"{folder}/", "bold"), f" {', '.join(names)}  in {seconds:.0f} s"
-        )
-    )

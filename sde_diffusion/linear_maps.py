@@ -41,12 +41,15 @@ class Blur(LinearMeasurement):
     def adjoint(self, y: Tensor) -> Tensor:
         return self._filter(y, self._spectrum(y).conj())
 
-    def solve(self, v: Tensor, a: float | Tensor, b: float) -> Tensor:
+    def spectral(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         power = self._spectrum(v).abs().square()
         kept = power > torch.finfo(v.dtype).eps * power.max()
+        return self._filter(v, torch.where(kept, function(torch.where(kept, power, 1)), 0))
+
+    def solve(self, v: Tensor, a: float | Tensor, b: float) -> Tensor:
         if isinstance(a, Tensor):
             a = expand(a, v).to(v.dtype)
-        return self._filter(v, torch.where(kept, 1 / (a * power + b), 0))
+        return self.spectral(v, lambda power: 1 / (a * power + b))
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         return self.adjoint(self.solve(y, 1.0, 0.0))
@@ -132,12 +135,16 @@ class Matrix(LinearMeasurement):
     def adjoint(self, y: Tensor) -> Tensor:
         return _product(self.values.T, y)
 
-    def solve(self, v: Tensor, a: float | Tensor, b: float) -> Tensor:
+    def spectral(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         eigenvalues = self._eigenvalues.to(v)
+        kept = eigenvalues > 0
+        factors = torch.where(kept, function(torch.where(kept, eigenvalues, 1)), 0)
+        return _product(self._basis, factors * _product(self._basis.T, v))
+
+    def solve(self, v: Tensor, a: float | Tensor, b: float) -> Tensor:
         if isinstance(a, Tensor):
             a = expand(a, v).to(v.dtype)
-        inverse = torch.where(eigenvalues > 0, 1 / (a * eigenvalues + b), 0)
-        return _product(self._basis, inverse * _product(self._basis.T, v))
+        return self.spectral(v, lambda eigenvalues: 1 / (a * eigenvalues + b))
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         return self.adjoint(self.solve(y, 1.0, 0.0))

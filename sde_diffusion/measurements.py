@@ -103,6 +103,22 @@ class LinearMeasurement(Measurement, ABC):
         """``c`` where ``A A^T`` is c times the identity on A's range; ``None`` where it is not."""
         return None
 
+    def spectral(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """``function(A A^T) v`` on A's range, and 0 off it.
+
+        Args:
+            function: of the eigenvalues above 0, elementwise.
+        Raises:
+            ValueError: the eigenvalues are not known in closed form.
+        """
+        gram = self.gram(tuple(v.shape[1:]))
+        if gram is None:
+            raise ValueError(
+                f"{type(self).__name__} has no closed form of its singular values, by which noise "
+                "is allowed for; give noise_std=0, or a Matrix"
+            )
+        return v * function(torch.tensor(gram, dtype=v.dtype, device=v.device))
+
     def solve(self, v: Tensor, a: float | Tensor, b: float) -> Tensor:
         """``(a A A^T + b I)^-1 v`` on A's range, and 0 off it, of which A^T knows nothing.
 
@@ -167,6 +183,9 @@ class Inpainting(LinearMeasurement):
 
     def solve(self, v: Tensor, a: float | Tensor, b: float) -> Tensor:
         return self(super().solve(v, a, b))
+
+    def spectral(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        return self(super().spectral(v, function))
 
     def gram(self, measured: Shape) -> float:
         return 1.0

@@ -21,14 +21,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from sde_diffusion.data import HELD_OUT, SPLIT_SEED, load_data
 from sde_diffusion.dataset import Dataset
-from sde_diffusion.errors import require_count, unknown_name
+from sde_diffusion.errors import unknown_name
 from sde_diffusion.networks import build_network
 from sde_diffusion.noise_scales import suggest_noise_scales
 from sde_diffusion.parametrization import EDMModel
-from sde_diffusion.schedules import SDES
+from sde_diffusion.schedules import SDES, LinearChain
 from sde_diffusion.sde import SDE
 from sde_diffusion.stage_settings import StageSettings
-from sde_diffusion.tabulated import TabulatedVPSDE
 from sde_diffusion.training_settings import RunOptions, TrainSettings
 from sde_diffusion.training_tasks import CLASSIFIER, JUDGE, SCORE, Tasks
 
@@ -175,24 +174,6 @@ class TrainConfig:
         if kind not in SDES:
             raise unknown_name("[sde] kind", kind, [*SDES, "ddpm"])
         return _filled(SDES[kind](), settings, "[sde]")
-
-
-@dataclass(frozen=True)
-class LinearChain:
-    """``[sde] kind = "ddpm"``: T steps of noise, its variance linear from beta_1 to beta_T (Ho et
-    al. 2020, section 4)."""
-
-    beta_1: float = 1e-4
-    beta_T: float = 0.02  # noqa: N815 - the paper's letter
-    T: int = 1000
-
-    def __post_init__(self) -> None:
-        require_count("T", self.T, least=2)
-
-    def sde(self) -> TabulatedVPSDE:
-        """The chain as a continuous SDE."""
-        betas = torch.linspace(self.beta_1, self.beta_T, self.T, dtype=torch.float64)
-        return TabulatedVPSDE.from_betas(betas)
 
 
 def read_config(path: str | Path) -> TrainConfig:

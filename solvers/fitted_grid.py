@@ -22,11 +22,12 @@ from sde_diffusion.prediction import ScoreFn
 from sde_diffusion.sde import SDE
 from solvers import grids
 from solvers.base import Solver
-from solvers.local_errors import density, equidistributed, solved
+from solvers.local_errors import density, equidistributed, finely, solved
 from solvers.sample import sample
 
 _FORMAT = "sde-diffusion fitted grid, version 1"
 _KNOTS = 6
+_JUDGES = 3  # times the pilot
 _WORST = 1e30  # what a run that overflows counts as
 _STARTS: dict[str, grids.Grid] = {
     "time": grids.time,
@@ -43,8 +44,7 @@ class FittedGrid:
 
     Attributes:
         times: decreasing, from ``t_max`` to ``t_min``.
-        error: RMS distance to the fine solution that it left on the half of the pilot batch that
-            the search did not see.
+        error: RMS distance to the fine solution that it left on noises that the search did not see.
         untuned_error: the same of the best fixed grid.
         fitted_to: the SDE and the solver, for the reader.
     """
@@ -101,14 +101,14 @@ def fit(
     multistep methods, whose local errors do not add up, the grid is then searched: the logarithms
     of the step sizes in half_log_snr are a smooth curve through six values, too few to fit the
     pilot's noise, and those are moved (Powell's method) for the least RMS distance to the fine
-    solution, from the best of that grid and the fixed ones. Another batch of ``pilot`` noises then
-    decides between what was found and where it started.
+    solution, from the best of that grid and the fixed ones. Three times as many other noises then
+    decide between what was found and where it started.
 
     Args:
         score_fn, sde, solver: as for ``sample``; the solver draws no noise.
         steps: number of steps of the grid.
-        pilot: samples to search on, and as many to judge on. Where the RMS is ruled by few samples
-            (those that end in another mode), more are worth their cost: 256 in
+        pilot: samples to search on; three times as many more judge. Where the RMS is ruled by few
+            samples (those that end in another mode), more are worth their cost: 256 in
             ``benchmarks/accuracy.py``.
         shape: of one event, ``(D,)`` or ``(C, H, W)``; ``score_fn.event_shape``, which exact
             targets have, where not given.
@@ -124,34 +124,39 @@ def fit(
     require_count("pilot", pilot)
     require_count("evaluations", evaluations, least=0)
     require_count("fine_steps", fine_steps, least=8)
-    batch = solved(score_fn, sde, (2 * pilot, *_event_shape(score_fn, shape)), seed, fine_steps)
+    event = _event_shape(score_fn, shape)
+    batch = solved(score_fn, sde, (pilot, *event), seed, fine_steps)
     low, high = (float(batch.half_log_snr[place]) for place in (0, -1))
-    halves = slice(0, pilot), slice(pilot, None)
+    judges = range(pilot, (1 + _JUDGES) * pilot)
+    fine = finely(score_fn, sde, (len(judges), *event), seed, fine_steps, judges)
+    searched, judged = (range(pilot), batch.end), (judges, fine.x)
 
     def times_of(curve: NDArray[np.float64]) -> Tensor:
         return _pinned(sde.time(_half_log_snrs(curve, steps, low, high)), sde)
 
-    def error_of(times: Tensor, part: slice) -> float:
-        x = sample(score_fn, sde, solver, x=batch.start[part], grid=times).x
-        error = float((x - batch.end[part]).double().square().mean().sqrt())
+    def error_of(times: Tensor, part: tuple[range, Tensor]) -> float:
+        ids, end = part
+        shape = (len(ids), *event)
+        x = sample(score_fn, sde, solver, shape=shape, seed=seed, sample_ids=ids, grid=times).x
+        error = float((x - end).double().square().mean().sqrt())
         return error if np.isfinite(error) else _WORST
 
     weight = density(batch, solver.order)
     spread = sde.time(equidistributed(batch.half_log_snr, weight, steps))
     fixed = [grid(sde, steps) for grid in _STARTS.values()]
-    starts = sorted((*fixed, _pinned(spread, sde)), key=lambda times: error_of(times, halves[0]))
+    starts = sorted((*fixed, _pinned(spread, sde)), key=lambda times: error_of(times, searched))
     candidates = [*starts]
     if evaluations:
         found = minimize(  # type: ignore[call-overload]
-            lambda curve: float(np.log(error_of(times_of(curve), halves[0]) + 1e-300)),
+            lambda curve: float(np.log(error_of(times_of(curve), searched) + 1e-300)),
             _curve_of(sde.at(starts[0]).half_log_snr, min(_KNOTS, steps)),
             method="Powell",
             options={"maxfev": evaluations, "xtol": 1e-3, "ftol": 1e-4},
         )
         candidates.append(times_of(found.x))
-    untuned = min(error_of(times, halves[1]) for times in fixed)
+    untuned = min(error_of(times, judged) for times in fixed)
     error, best = min(
-        ((error_of(times, halves[1]), times) for times in candidates), key=lambda pair: pair[0]
+        ((error_of(times, judged), times) for times in candidates), key=lambda pair: pair[0]
     )
     return FittedGrid(tuple(best.tolist()), error, untuned, f"{sde!r}, {solver!r}")
 

@@ -38,22 +38,29 @@ class Pilot(NamedTuple):
     """A batch solved finely.
 
     Attributes:
-        start, end: states at ``t_max`` and ``t_min``.
+        end: states at ``t_min``.
         half_log_snr: increasing, evenly spaced.
         x0: the estimates there, ``(len(half_log_snr), B, D)``.
         growth: RMS deviation at the end for an RMS deviation of ``x / alpha`` of 1 there.
     """
 
-    start: Tensor
     end: Tensor
     half_log_snr: Curve
     x0: Tensor
     growth: Curve
 
 
-def solved(score_fn: ScoreFn, sde: SDE, batch: tuple[int, ...], seed: int, steps: int) -> Pilot:
-    """``batch`` is the shape; ``steps`` are of order 4."""
-    run = sample(
+def finely(
+    score_fn: ScoreFn,
+    sde: SDE,
+    batch: tuple[int, ...],
+    seed: int,
+    steps: int,
+    sample_ids: range,
+    trajectory: bool = False,
+) -> Solution:
+    """The probability-flow ODE in ``steps`` steps of order 4, uniform in log-SNR."""
+    return sample(
         score_fn,
         sde,
         ProbabilityFlow("rk4"),
@@ -61,15 +68,21 @@ def solved(score_fn: ScoreFn, sde: SDE, batch: tuple[int, ...], seed: int, steps
         steps=steps,
         grid="log_snr",
         seed=seed,
-        trajectory=True,
+        sample_ids=sample_ids,
+        trajectory=trajectory,
     )
+
+
+def solved(score_fn: ScoreFn, sde: SDE, batch: tuple[int, ...], seed: int, steps: int) -> Pilot:
+    """``batch`` is the shape; ``steps`` are of order 4."""
+    run = finely(score_fn, sde, batch, seed, steps, range(batch[0]), trajectory=True)
     states = _states(run)
     levels = [sde.at(t) for t in run.times.tolist()]
     x0 = torch.stack(
-        [score_fn(x, level).x0.flatten(1).double() for x, level in zip(states, levels, strict=True)]
+        [score_fn(x, level).x0.flatten(1) for x, level in zip(states, levels, strict=True)]
     )
     places = np.array([level.half_log_snr.item() for level in levels])
-    return Pilot(states[0], run.x, places, x0, _growth(score_fn, sde, run, seed))
+    return Pilot(run.x, places, x0, _growth(score_fn, sde, run, seed))
 
 
 def density(pilot: Pilot, order: int) -> Curve:

@@ -28,8 +28,9 @@ class Replacement(Solver):
     app. I.2).
     The last noise is that of ``t_min``: with ``denoise=True`` none is left.
 
-    Where the measurement is noisy and ``A A^T = c I``, y brings noise of ``alpha noise_std`` along:
-    only the rest of ``sqrt(c) sigma`` is added, and below that level nothing is replaced any more.
+    Where the measurement is noisy, y brings noise along: ``alpha noise_std / s`` in the direction
+    of a singular value s of A. Only the rest of sigma is added there, and where it is more than
+    sigma nothing is replaced any more.
 
     A multistep solver keeps no memory here: every step is taken as the first of a run. No gradient
     and no evaluation is needed. The law it samples is not the posterior: the score does not know
@@ -61,6 +62,8 @@ class Replacement(Solver):
                 f"Downsampling, Blur, Matrix or LinearMap, got {self.measurement!r}"
             )
         object.__setattr__(self, "y", self.measurement.check(self.y))
+        if self.measurement.noise_std > 0:  # refused now rather than in a step
+            self.measurement.spectral(self.y, torch.ones_like)
 
     def init(self, x: Tensor) -> State:
         event = self.measurement.event_shape(tuple(self.y.shape[1:]))
@@ -105,19 +108,25 @@ class Replacement(Solver):
         return _stacked(rows)
 
     def _noised(self, level: NoiseLevel) -> Coefficients:
-        """``alpha``, the noise to add, and 1 where the measured part is replaced, else 0."""
-        gram = self.measurement.gram(tuple(self.y.shape[1:]))
-        if gram is None or self.measurement.noise_std == 0:
-            return level.alpha, level.sigma, torch.ones_like(level.sigma)
-        brought = (level.alpha * self.measurement.noise_std) ** 2 / gram
-        left = level.sigma**2 - brought
-        return level.alpha, left.clamp_min(0).sqrt(), (left >= 0).to(level.sigma)
+        return level.alpha, level.sigma
 
     def _replaced(self, x: Tensor, coefficients: Coefficients, z: Tensor) -> Tensor:
-        alpha, sigma, gate = coefficients
+        alpha, sigma = coefficients
         measurement = self.measurement
-        known = alpha * self.y.to(x) + measurement(sigma * z - x)
-        return x + gate * measurement.pseudo_inverse(known)
+        offset = alpha * self.y.to(x) - measurement(x)
+        if measurement.noise_std == 0:
+            return x + measurement.pseudo_inverse(offset + measurement(sigma * z))
+        variance = (alpha * measurement.noise_std) ** 2
+
+        def left(power: Tensor) -> Tensor:
+            """Of the level's variance, what y's own noise leaves to be added."""
+            return sigma**2 - variance / power
+
+        pulled = measurement.spectral(offset, lambda power: (left(power) >= 0) / power)
+        added = measurement.spectral(
+            measurement(z), lambda power: left(power).clamp_min(0).sqrt() / power
+        )
+        return x + measurement.adjoint(pulled + added)
 
 
 def _stacked(rows: list[Coefficients]) -> Coefficients:

@@ -131,27 +131,30 @@ def test_compare_through_the_installed_script(folder: Path) -> None:
             assert picture.width >= 1000
 
 
-def test_ctrl_c_keeps_finished_rows_and_says_where(folder: Path) -> None:
-    arguments = ["compare", "--target", "ring", "--nfe", "5,2000", "--out", "stopped"]
+@pytest.mark.parametrize(
+    ("jobs", "where"), [("1", " at ring · vp · ancestral · 2000 evaluations"), ("2", "")]
+)
+def test_ctrl_c_keeps_finished_rows_and_says_where(folder: Path, jobs: str, where: str) -> None:
+    arguments = ["compare", "--target", "ring", "--nfe", "5,2000", "--out", f"stopped{jobs}"]
+    arguments += ["--samples", "3000", "--jobs", jobs]
     process = subprocess.Popen(
         [str(SCRIPT), *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    file = folder / "stopped" / "results.json"
+    file = folder / f"stopped{jobs}" / "results.json"
     try:
         for _ in range(600):
             if file.exists() and json.loads(file.read_text())["rows"]:
                 break
             time.sleep(0.1)
+        time.sleep(0.5)  # the next cell, which takes many seconds, is under way
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=30)
     finally:
         process.kill()
     assert process.returncode == 130
     message = stderr.decode().strip()
-    assert message.startswith(
-        "error: interrupted at ring · vp · ancestral · 2000 evaluations; 1 of"
-    )
-    results = load_results(folder / "stopped")
+    assert message.startswith(f"error: interrupted{where}; 1 of 16 rows are finished and kept in")
+    results = load_results(folder / f"stopped{jobs}")
     assert results["status"] == "interrupted"
     assert len(results["rows"]) == 1
 

@@ -242,7 +242,7 @@ class Quadratic:
 
 
 @pytest.mark.parametrize("way", ["reverse", "copies", "forward"])
-@pytest.mark.parametrize("pairs", [1, 7, 100])
+@pytest.mark.parametrize("pairs", [24, 100])
 def test_traces_of_a_known_matrix(way: str, pairs: int) -> None:
     x = torch.randn(3, 5, generator=seeded(2)).double()
     noise = CounterNoise(0)
@@ -258,9 +258,9 @@ def test_traces_of_a_known_matrix(way: str, pairs: int) -> None:
     torch.testing.assert_close(values, trace[:, None].expand_as(values))
     rest = torch.cat(
         [HutchPlusPlus(6).estimate(jacobian, HutchPlusPlus(6).draw(x, CounterNoise(seed)))
-         for seed in range(100)], 1
+         for seed in range(30)], 1
     )  # fmt: skip
-    assert float(((rest.mean(1) - trace) / (rest.std(1) / math.sqrt(200))).abs().max()) < 4.5
+    assert float(((rest.mean(1) - trace) / (rest.std(1) / math.sqrt(60))).abs().max()) < 4.5
 
 
 def test_modes_and_passes_give_one_value_and_forward_is_refused_where_it_would_be_wrong() -> None:

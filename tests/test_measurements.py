@@ -87,6 +87,11 @@ def test_solve_and_gram_against_the_matrix(name: str) -> None:
     constant = measurement.gram(tuple(y.shape[1:]))
     if constant is not None:
         torch.testing.assert_close(gram, constant * (gram != 0).double(), **EXACT)
+    if name != "map":
+        cubed = measurement.spectral(y, lambda power: power**3).reshape(3, -1, 1)
+        torch.testing.assert_close(
+            cubed, gram @ gram @ gram @ y.reshape(3, -1, 1), rtol=1e-11, atol=1e-11
+        )
     spread = torch.tensor([0.7, 0.0, 2.0], dtype=torch.float64)  # one per sample
     for i, found in enumerate(measurement.adjoint(measurement.solve(y, spread, b))):
         whole = spread[i] * gram + b * torch.eye(len(gram), dtype=torch.float64)

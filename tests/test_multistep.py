@@ -144,21 +144,24 @@ def test_third_stochastic_order_is_less_biased_than_the_second() -> None:
         assert third < 0.4 * second
 
 
-@pytest.mark.parametrize("solver", [DPMSolverPP(3), DEIS(4), AdamsBashforth(4), UniPC(4)])
-def test_float32_costs_no_accuracy_at_many_steps(solver: Solver) -> None:
-    """Coefficients are float64 integrals: at 400 steps float32 stays within its rounding of
-    float64.
+@pytest.mark.parametrize("steps", [100, 1000])
+@pytest.mark.parametrize(
+    "solver", [DPMSolverPP(3), DEIS(3), DEIS(4), AdamsBashforth(4), UniPC(3), UniPC(4)]
+)
+def test_float32_costs_no_accuracy_at_many_steps(solver: Solver, steps: int) -> None:
+    """Coefficients are float64 integrals: float32 stays within its rounding of float64.
 
-    The bound is some 400 roundings of 6e-8 adding up at random at states of size 2, times 10.
+    The bound is that many roundings of 6e-8 adding up at random at states of size 2, times 10. (A
+    library whose coefficients are differences taken in float32 gets worse from 100 steps on.)
     """
     sde = SDES["vp"]
     score_fn = named_target("ring").score_fn(sde)
     single, double = (
-        sample(score_fn, sde, solver, shape=(64, 2), steps=400, grid="log_snr", dtype=dtype).x
+        sample(score_fn, sde, solver, shape=(32, 2), steps=steps, grid="log_snr", dtype=dtype).x
         for dtype in (torch.float32, torch.float64)
     )
     median = (single - double).norm(dim=1).median()
-    assert float(median) < 2e-5
+    assert float(median) < 10 * 6e-8 * 2 * steps**0.5
 
 
 def test_a_step_made_by_hand_is_of_order_one() -> None:

@@ -15,6 +15,7 @@ from sde_diffusion import (
     EpsModel,
     GaussianMixture,
     Inpainting,
+    LinearMap,
     Matrix,
     Measurement,
     NoiseLevel,
@@ -382,6 +383,36 @@ def test_the_known_part_has_the_noise_of_its_own_time_from_the_first_state_on(
             assert abs(float(z.var()) - 1) < 5 * math.sqrt(2 / n)
 
 
+@pytest.mark.parametrize("name", ["vp", "ve"])
+def test_noise_is_allowed_for_in_every_direction(name: str) -> None:
+    """A measurement that sees one direction ten times less: there its noise is ten times as large,
+    and at the end the model's own estimate has been left alone."""
+    sde, n = SDES[name], 4000
+    matrix = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.1, 0.0, 0.0]])
+    measurement = Matrix(matrix, noise_std=0.2)
+    truth = torch.tensor([[0.8, -0.4, 0.0, 0.0]], dtype=torch.float64)
+    y = measurement.draw(truth.repeat(n, 1), seed=1)
+    recorder = _Recorder()
+    run = sample(
+        NORMAL.score_fn(sde),
+        sde,
+        Replacement(recorder, measurement, y),
+        shape=(n, 4),
+        steps=12,
+        dtype=torch.float64,
+    )
+    seen = 0
+    for step, x in recorder.seen:
+        for i, std in ((0, 0.2), (1, 2.0)):
+            if step.start.sigma >= step.start.alpha * std:
+                z = (x[:, i] - step.start.alpha * truth[0, i]) / step.start.sigma
+                assert abs(float(z.mean())) < 5 / math.sqrt(n)
+                assert abs(float(z.var()) - 1) < 5 * math.sqrt(2 / n)
+                seen += 1
+    assert seen > 6
+    assert float(run.x[:, 1].std()) < 1.5 * STD  # not the 2.0 of the measurement's noise
+
+
 def test_full_and_empty_masks() -> None:
     sde, target = SDES["vp"], named_target("gmm16")
     score_fn = target.score_fn(sde)
@@ -522,6 +553,11 @@ def test_operators_without_a_gradient() -> None:
         (lambda s: dps_guided(s, Colorization(), torch.zeros(1, 3, 2, 2)), ValueError, "1, H, W"),
         (lambda s: Replacement(Ancestral(), Measurement(torch.abs), Y), TypeError, "linear"),
         (lambda s: Replacement(s, KNOWN, Y), TypeError, "steps here"),
+        (
+            lambda s: Replacement(Ancestral(), LinearMap(lambda x: x[:, :2], (4,), 0.1), Y[:, :2]),
+            ValueError,
+            "noise_std=0, or a Matrix",
+        ),
         (lambda s: RePaint(0, 3), ValueError, "jump"),
         (lambda s: RePaint(3, 0), ValueError, "times"),
         (lambda s: energy_guided(s, 3.0), TypeError, "energy must be a function"),
