@@ -46,6 +46,11 @@ class FeatureSpace:
         return frechet_from_moments(found.mean, found.covariance, *self._reference(label))
 
     @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """The judge's features (N, F) of samples (N, *event)."""
+        return self._judge.features(x.float())
+
+    @torch.no_grad()
     def accuracy(self, x: Tensor, labels: Tensor) -> float:
         """Share of samples (N, *event) that the judge takes for their label."""
         return label_accuracy(self._judge(x.float()), labels)

@@ -35,7 +35,6 @@ class RecipeMetrics:
     def __init__(self, models: RecipeModels, samples: int, repeats: int) -> None:
         self.space = FeatureSpace(models.judge, models.data)
         self.samples, self.repeats = samples, repeats
-        self._judge = models.judge
         self._data = models.data
         y = models.data.train_y
         if y is None:
@@ -66,7 +65,7 @@ class RecipeMetrics:
         chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
         spreads = [self._spread(held[part], order[part]) for part in parts]
         recalls = [
-            recall(self._features(held[part]), self._features(train[chosen[: len(part)]]))
+            recall(self.space.features(held[part]), self.space.features(train[chosen[: len(part)]]))
             for part in parts
         ]
         return {**found, "variance": estimate(spreads), "recall": estimate(recalls)}
@@ -90,7 +89,7 @@ class RecipeMetrics:
         held, _ = self._held_out()
         parts = self._parts(len(held))
         real = held[parts[repeat % len(parts)]]
-        return recall(self._features(real), self._features(x[: len(real)]))
+        return recall(self.space.features(real), self.space.features(x[: len(real)]))
 
     def _parts(self, count: int) -> Sequence[Tensor]:
         """Indices of the blocks that held-out data has enough for; one smaller block at least."""
@@ -110,10 +109,6 @@ class RecipeMetrics:
         x = self._data.train_x
         return x if isinstance(x, Tensor) else x[torch.arange(len(x))]
 
-    @torch.no_grad()
-    def _features(self, x: Tensor) -> Tensor:
-        return self._judge.judge.features(x.float())
-
 
 @torch.no_grad()
 def _own_accuracy(model: LoadedModel, x: Tensor, labels: Tensor) -> float:
@@ -121,5 +116,6 @@ def _own_accuracy(model: LoadedModel, x: Tensor, labels: Tensor) -> float:
     classifier = model.classifier
     if classifier is None:
         raise ValueError("this model has no classifier of noised inputs")
-    level = model.sde.at(model.sde.t_min).map(lambda value: value.to(x.dtype))
-    return label_accuracy(classifier(x, level), labels)
+    device = next(classifier.parameters()).device
+    level = model.sde.at(model.sde.t_min).map(lambda value: value.to(device, x.dtype))
+    return label_accuracy(classifier(x.to(device), level).cpu(), labels)

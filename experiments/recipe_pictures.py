@@ -172,7 +172,8 @@ def _trajectory(
             steps=steps_within(solver, strip.nfe, False),
             seed=seed,
             trajectory=True,
+            device=next(subject.models[sde].model.parameters()).device,
         )
     if solution.trajectory is None or solution.trajectory_times is None:
         raise RuntimeError(f"{strip.solver} kept no trajectory")
-    return solution.trajectory.detach(), solution.trajectory_times
+    return solution.trajectory.detach().cpu(), solution.trajectory_times
