@@ -37,7 +37,9 @@ def recipe_tables(cooked: Cooked) -> list[Table]:
 
 
 def _table(target: str, part: str, rows: Rows, cooked: Cooked) -> Table:
-    metrics = [name for name in _WORDS if any(name in row["metrics"] for row in rows)]
+    # A classifier that did not guide has no say on unguided samples.
+    shown = [name for name in _WORDS if part == SWEEP or name != "own_accuracy"]
+    metrics = [name for name in shown if any(name in row["metrics"] for row in rows)]
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, title_justify="left")
     table.title = f"{target}: {rows[0]['samples']:,} samples, {rows[0]['repeats']} repeats"
     first = "solver" if part == COMPARISON else f"guidance, {rows[0]['spec']}"
