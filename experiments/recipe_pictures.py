@@ -17,18 +17,39 @@ from experiments.draw import one_thread_each
 from experiments.generate import telling_moments
 from experiments.pictures import draw_image
 from experiments.planning import steps_within
+from experiments.plots import quality_vs_nfe
 from experiments.recipe_file import Strip
 from experiments.spec import parse_solver
 from experiments.subjects import ModelSubject
 from solvers import Integrator, sample
 
-__all__ = ["strip_of_guidances", "sweep_figure"]
+__all__ = ["quality_figure", "strip_of_guidances", "sweep_figure"]
 
 Rows = Sequence[Mapping[str, Any]]
 Found = Mapping[str, Any]
 _NAMES = {"classifier": "classifier guidance", "cfg": "classifier-free guidance"}
 _MOMENTS = 10
 _PER_GUIDANCE = 2  # samples of each guidance in a strip
+
+
+def quality_figure(
+    path: Path, rows: Rows, floor: Mapping[str, Mapping[str, Any]], data: str
+) -> None:
+    """Fréchet distance by evaluations: a panel for each model, side by side where SDEs differ.
+
+    Args:
+        path: the PNG to write.
+        rows: of comparisons, as in results.json.
+        floor: model -> what held-out data scores.
+        data: name of the data, the title where panels stand side by side.
+    """
+    models = {row["target"]: row["sde"] for row in rows}
+    if len(models) > 1 and len(set(models.values())) == len(models):
+        # One data set, one judge, one floor: one row of panels, told apart by their SDEs.
+        floor = {data: next(iter(floor.values()))}
+        rows = [{**row, "target": data} for row in rows]
+    targets = in_order([row["target"] for row in rows])
+    quality_vs_nfe(path, rows, floor, metrics=dict.fromkeys(targets, "frechet"))
 
 
 def sweep_figure(path: Path, rows: Rows, floor: Mapping[str, Found]) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor
 from experiments.draw import make_machine
 from experiments.estimates import Estimate
 from experiments.generate import image_grid
-from experiments.plots import quality_vs_nfe
 from experiments.progress import ProgressBar
 from experiments.recipe_cells import (
     COMPARISON,
@@ -27,7 +26,7 @@ from experiments.recipe_cells import (
 from experiments.recipe_file import Experiment, Recipe, read_recipe
 from experiments.recipe_metrics import RecipeMetrics
 from experiments.recipe_models import MODELS, RecipeModels, models_of
-from experiments.recipe_pictures import strip_of_guidances, sweep_figure
+from experiments.recipe_pictures import quality_figure, strip_of_guidances, sweep_figure
 from experiments.results import RESULTS, RunFolder, check_writable, write_whole
 from sde_diffusion.errors import require_count
 
@@ -168,7 +167,7 @@ def _pictures(
     bar.now("pictures")
     compared = [row for row in folder.rows if row["part"] == COMPARISON and row["drawn"]]
     if compared:
-        quality_vs_nfe(out / QUALITY, compared, floor, metrics=dict.fromkeys(sheets, "frechet"))
+        quality_figure(out / QUALITY, compared, floor, models.data.name)
         files.append(QUALITY)
     for name, subject in models.subjects.items():
         swept = [r for r in folder.rows if r["part"] == SWEEP and r["target"] == name]
