@@ -11,9 +11,12 @@ import typer
 
 from experiments.cli_train import train
 from experiments.compare_command import compare
+from experiments.diff_command import diff
 from experiments.failures import FAILED, OneLineGroup, guarded
+from experiments.guidance_command import guidance
 from experiments.interpolate_command import interpolate
 from experiments.likelihood_command import likelihood
+from experiments.merge_command import merge
 from experiments.noise_scales_command import noise_scales
 from experiments.options import (
     OUT_HELP,
@@ -23,9 +26,11 @@ from experiments.options import (
     Device,
     Grid,
     Seed,
+    numbers,
     whole_numbers,
 )
 from experiments.recipe_command import recipe
+from experiments.report_command import report
 from experiments.restore_command import restore
 
 app = typer.Typer(
@@ -46,7 +51,9 @@ app.command()(compare)
 @app.command()
 @guarded
 def steps(
-    target: Annotated[str, typer.Option(help="An exact target.")] = "ring",
+    target: Annotated[
+        str, typer.Option(help="An exact target: a name, empirical:DATA or FILE.toml.")
+    ] = "ring",
     sde: Annotated[list[str] | None, typer.Option(help="Repeatable. Default: vp, ve.")] = None,
     solver: Annotated[
         list[str] | None,
@@ -64,6 +71,10 @@ def steps(
     grid: Annotated[str, typer.Option(help="Times of the steps: log_snr, time, karras, ...")] = (
         "log_snr"
     ),
+    wanted: Annotated[
+        list[str] | None,
+        typer.Option(help="An error to predict the evaluations for, as 1e-3; repeatable."),
+    ] = None,
     out: Annotated[
         str | None, typer.Option(help=OUT_HELP + " Default: runs/steps-…, by the options.")
     ] = None,
@@ -76,6 +87,8 @@ def steps(
     [bold]Examples[/bold]
 
       sde-diffusion steps
+
+      sde-diffusion steps --wanted 1e-2,1e-4
 
       sde-diffusion steps --target moons --sde vp --solver probability_flow --steps 8,16,32,64
     """
@@ -92,6 +105,7 @@ def steps(
             repeats=repeats,
             seed=seed,
             grid=grid,
+            wanted=numbers("--wanted", wanted),
             batch_size=batch_size,
             device=device,
             out=out,
@@ -210,9 +224,13 @@ def sample(
     )
 
 
+app.command()(guidance)
 app.command()(likelihood)
 app.command()(interpolate)
 app.command()(restore)
+app.command()(report)
+app.command()(diff)
+app.command()(merge)
 
 
 @app.command()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections.abc import Sequence
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from experiments import compare, generate, steps
+from experiments.asymptotics import Needed
 from experiments.certify import orders
 from experiments.certify.report import draw_orders, tables
 from experiments.galleries import draw_pictures
@@ -45,9 +48,10 @@ def run_steps(options: steps.StepsOptions) -> None:
     with ProgressBar() as bar:
         folder, fitted = steps.run(plan, bar)
         bar.now("picture")
-        error_vs_steps(folder.path / steps.PICTURE, folder.rows, metric="error")
+        laws = {(plan.subject.name, f.sde, f.solver): f.law for f in fitted if f.law is not None}
+        error_vs_steps(folder.path / steps.PICTURE, folder.rows, metric="error", laws=laws)
     console = make_console()
-    console.print(_slope_table(plan.subject.name, options.grid, fitted))
+    console.print(_slope_table(plan.subject.name, options.grid, fitted, options.wanted))
     wrote(console, folder.path, ["results.json", steps.PICTURE], started)
 
 
@@ -94,7 +98,9 @@ def run_sample(options: generate.SampleOptions) -> None:
     wrote(console, written.folder, list(written.files), started)
 
 
-def _slope_table(target: str, grid: str, fitted: list[steps.Fitted]) -> Table:
+def _slope_table(
+    target: str, grid: str, fitted: list[steps.Fitted], wanted: Sequence[float]
+) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     table.title = Text.assemble((target, "bold"), f"  error against steps, grid {grid}")
     table.title_justify = "left"
@@ -106,16 +112,22 @@ def _slope_table(target: str, grid: str, fitted: list[steps.Fitted]) -> Table:
     table.add_column("declared", justify="right")
     table.add_column("fitted", justify="right")
     table.add_column("on", justify="right")
+    for error in wanted:
+        table.add_column(f"NFE for {error:g}", justify="right")
     for sde in dict.fromkeys(fit.sde for fit in fitted):
         table.add_section()
         table.add_row(Text(sde.upper(), style="bold"))
         for fit in (f for f in fitted if f.sde == sde):
             slope = fit.slope
+            law, region = fit.law, ""
             order = Text("below the floor", style="dim")
-            if slope is not None:
-                spread = "" if slope.stderr is None else f" ± {max(slope.stderr, 0.01):.2f}"
-                close = slope.order >= fit.declared - 0.25
-                order = Text(f"{slope.order:.2f}{spread}", style="green" if close else "yellow")
+            if law is not None:
+                close = law.order_high >= fit.declared - 0.25
+                text = f"{law.order:.2f} ({law.order_low:.2f}–{law.order_high:.2f})"
+                order = Text(text, style="green" if close else "yellow")
+                region = f"{law.first}–{law.last}"
+            elif slope is not None:
+                order, region = Text(f"{slope.order:.2f}", style="yellow"), "no region"
             errors = [
                 Text(
                     f"{fit.errors[n].value:.2g}",
@@ -128,13 +140,26 @@ def _slope_table(target: str, grid: str, fitted: list[steps.Fitted]) -> Table:
                 *errors,
                 str(fit.declared),
                 order,
-                "" if slope is None else f"{slope.first}–{slope.last}",
+                region,
+                *map(_evaluations, fit.needed),
             )
     table.caption = Text(
         "ODE solvers: RMS distance to the fine ODE from the same noise, float64. SDE solvers: weak "
         "error, |mean log density - true|, in nats; dim: within three standard errors of zero, not "
-        "fitted.",
+        "fitted. In brackets 95 %; on: the asymptotic region; *: finer than all grids.",
         style="dim",
     )
     table.caption_justify = "left"
     return table
+
+
+def _evaluations(needed: Needed) -> str:
+    """Evaluations for a wanted error: "37 (35–39)"."""
+
+    def short(n: float) -> str:
+        return f"{n:.0f}" if n < 1e5 else f"{n:.1e}" if math.isfinite(n) else "never"
+
+    if needed.how == "reached":
+        return f"≤ {short(needed.nfe)}"
+    star = "*" if needed.how == "extrapolated" else ""
+    return f"{short(needed.nfe)}{star} ({short(needed.low)}–{short(needed.high)})"

@@ -41,7 +41,7 @@ from solvers.catalogue import name_of, settings_of
 
 __all__ = ["BUDGETS", "SOLVERS", "CompareOptions", "Outcome", "make_plan", "run"]
 
-PICTURES = ("quality_vs_nfe.png", "quality_vs_seconds.png", "samples.png")
+PICTURES = ("quality_vs_nfe.png", "quality_vs_seconds.png", "samples.png", "report.html")
 _REWRITE = 1.0  # seconds between two writes of results.json
 
 
@@ -80,7 +80,7 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C; the message says where and what is kept."""
 
 
-def run(plan: Plan, progress: Progress) -> Outcome:
+def run(plan: Plan, progress: Progress, more_pictures: Sequence[str] = ()) -> Outcome:
     """Compute the cells that the folder does not hold; each is on disk as soon as it is finished.
 
     A cell whose sampler fails says so, and the others go on.
@@ -89,9 +89,9 @@ def run(plan: Plan, progress: Progress) -> Outcome:
         Interrupted: Ctrl-C.
     """
     options = plan.options
-    path = prepare_out(plan.out, pictures=PICTURES)
+    path = prepare_out(plan.out, pictures=(*PICTURES, *more_pictures))
     config = {**asdict(options), "jobs": plan.pool.jobs, "sizes": plan.samples}
-    folder = RunFolder(path, "compare", config, device=options.device)
+    folder = RunFolder(path, plan.experiment, config, device=options.device)
     store = CellStore(path)
     outcome = Outcome(plan, folder, store)
     rows = _Rows(outcome)
@@ -253,6 +253,7 @@ def make_row(
             "label": cell.condition.label,
             "guided_by": cell.condition.guided_by,
             "classes": cell.condition.classes,
+            "interval": cell.condition.interval,
             "primary": judge.primary,
             "truth": judge.truth(cell),
             "floor": {name: e._asdict() for name, e in floor.items()},

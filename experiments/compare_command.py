@@ -24,7 +24,10 @@ from experiments.options import (
 def compare(
     target: Annotated[
         list[str] | None,
-        typer.Option(help="An exact target's name, or digits; repeatable. Default: ring, digits."),
+        typer.Option(
+            help="An exact target (a name, empirical:DATA or FILE.toml), or digits; repeatable. "
+            "Default: ring, digits."
+        ),
     ] = None,
     model: Annotated[
         list[str] | None,
@@ -64,7 +67,10 @@ def compare(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(help="Samples in a repeat. Default: 2000 of exact targets, 100 of networks."),
+        typer.Option(
+            help="Samples in a repeat. Default: 2000 of exact targets, 400 of large ones, 100 of "
+            "networks."
+        ),
     ] = None,
     repeats: Annotated[int, typer.Option(help="Independent repeats, for standard errors.")] = 3,
     seed: Seed = 0,

@@ -205,9 +205,10 @@ def _draw(plan: SamplePlan, path: Path, x: Tensor) -> None:
         return
     density = _density(plan)
     truth = None
-    if density is not None and isinstance(subject, ExactSubject):
-        label = plan.condition.label if plan.condition.law == "conditional" else None
-        own = label if isinstance(label, int) else None
+    whole, label = plan.condition.law == "whole", plan.condition.label
+    one = plan.condition.law == "conditional" and isinstance(label, int)
+    if isinstance(subject, ExactSubject) and (whole or one):
+        own = label if one and isinstance(label, int) else None
         truth, _ = subject.target.sample(600, plan.options.seed, own)
     panel = {f"{len(x):,} samples, {spec_of(plan.solver)}": x[:600]}
     samples_figure(path, [SampleGroup(title + condition, panel, truth, density)], columns=2)

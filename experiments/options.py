@@ -56,3 +56,23 @@ def numbers(option: str, texts: list[str] | None) -> list[float]:
 
 def parts(texts: list[str] | None) -> list[str]:
     return [part.strip() for text in texts or [] for part in text.split(",")]
+
+
+def intervals(option: str, texts: list[str] | None) -> list[tuple[float, float] | None]:
+    """``low:high`` in sigma/alpha, or ``full``: everywhere."""
+    found: list[tuple[float, float] | None] = []
+    for text in parts(texts):
+        if text == "full":
+            found.append(None)
+            continue
+        try:
+            low, high = (float(end) for end in text.split(":"))
+        except ValueError:
+            low, high = 0.0, 0.0
+        if not 0 <= low < high:
+            raise ValueError(
+                f"{option} must be low:high in sigma/alpha with 0 <= low < high, or full, as in "
+                f"{option} full,0.3:3; got {text!r}"
+            )
+        found.append((low, high))
+    return found

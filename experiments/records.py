@@ -72,6 +72,8 @@ class Record:
     status: str = OK
     error: str = ""
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    interval_low: float | None = None
+    interval_high: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-like values."""
@@ -110,6 +112,7 @@ def write_table(path: Path, records: Iterable[Record]) -> None:
     text, number, whole = pa.string(), pa.float64(), pa.int64()
     types = {
         **dict.fromkeys(("nfe", "network_passes", "seconds", "judging_seconds", "scale"), number),
+        **dict.fromkeys(("interval_low", "interval_high"), number),
         **dict.fromkeys(("budget", "steps", "seed", "repeat", "samples"), whole),
         **dict.fromkeys(("batch_size", "peak_bytes"), whole),
         "denoise": pa.bool_(),

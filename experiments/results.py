@@ -199,7 +199,7 @@ class RunFolder:
 
 
 def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The results of a run folder, or of a results.json.
+    """The results of a run folder, or of a results.json, older schemas' as this one's.
 
     Raises:
         ValueError: there is none, it is not JSON, or its schema is newer than this program's.
@@ -225,7 +225,24 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{str(file)!r} has schema version {version}, this program reads up to "
             f"{SCHEMA_VERSION}; update sde-diffusion"
         )
-    return results
+    return _upgraded(results) if version < SCHEMA_VERSION else results
+
+
+# What rows of compare have since version 2, and what it says of a row that was written before.
+_SINCE_2: dict[str, Any] = {
+    "cells": [],
+    "status": "ok",
+    "error": "",
+    "peak_bytes": None,
+    "batch_size": None,
+}
+
+
+def _upgraded(results: dict[str, Any]) -> dict[str, Any]:
+    """Results of an older schema as this program writes them; the file stays as it is."""
+    compared = results.get("experiment") == "compare"
+    rows = [{**(_SINCE_2 if compared else {}), **row} for row in results.get("rows", [])]
+    return {**results, "schema_version": SCHEMA_VERSION, "rows": rows}
 
 
 def results_schema() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from experiments.cells import Task
 from experiments.draw import Drawn, Machine, make_machine
+from experiments.guidance_judging import make_guidance_judge
 from experiments.judging import Cell, Judge, block_ids, make_judge
 from experiments.memory import peak_memory
 from experiments.metrics import paired_distances
@@ -70,6 +71,8 @@ def record_of(task: Task, **values: Any) -> Record:
         "guidance": condition.guidance,
         "scale": condition.scale,
         "label": condition.label,
+        "interval_low": None if condition.interval is None else condition.interval[0],
+        "interval_high": None if condition.interval is None else condition.interval[1],
         "budget": task.budget,
         "steps": task.steps,
         "grid": task.grid,
@@ -89,7 +92,8 @@ def subject_of(task: Task) -> Subject:
 
 def judge_of(task: Task, workers: int = 1) -> Judge:
     """The judge of a task's repeats."""
-    return _judge(task.subjects, task.subject, task.samples, task.seed, task.device, workers)
+    made = _judge if task.judging == "distance" else _guidance_judge
+    return made(task.subjects, task.subject, task.samples, task.seed, task.device, workers)
 
 
 @functools.lru_cache(maxsize=8)
@@ -106,6 +110,14 @@ def _judge(
 ) -> Judge:
     machine = Machine(torch.device(device), None, workers)
     return make_judge(_subjects(options, device)[name], samples, seed, machine)
+
+
+@functools.lru_cache(maxsize=64)
+def _guidance_judge(
+    options: SubjectOptions, name: str, samples: int, seed: int, device: str, workers: int
+) -> Judge:
+    machine = Machine(torch.device(device), None, workers)
+    return make_guidance_judge(_subjects(options, device)[name], samples, seed, machine)
 
 
 def _computed(task: Task, fine: Tensor | None, workers: int) -> Done:
@@ -127,10 +139,7 @@ def _computed(task: Task, fine: Tensor | None, workers: int) -> Done:
     tensors = {"x": drawn.x[:KEPT].clone()}
     if fine is not None:
         distances = paired_distances(drawn.x[: len(fine)], fine)
-        metrics |= {
-            "rms": float(distances.square().mean().sqrt()),
-            "median": float(distances.median()),
-        }
+        metrics |= judge.paired_metrics(distances)
         tensors["distance"] = distances
     record = record_of(
         task,
