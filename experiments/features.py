@@ -61,11 +61,6 @@ class FeatureSpace:
         logits: Tensor = self._judge(x.float())
         return logits
 
-    @torch.no_grad()
-    def features(self, x: Tensor) -> Tensor:
-        """The judge's features (N, F) of samples (N, *event)."""
-        return self._judge.features(x.float())
-
     def floor(self, samples: int, repeat: int, label: Which) -> dict[str, float]:
         """What a block of ``samples`` held-out real samples scores, the ``repeat``-th one.
 
