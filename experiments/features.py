@@ -46,11 +46,6 @@ class FeatureSpace:
         return frechet_from_moments(found.mean, found.covariance, *self._reference(label))
 
     @torch.no_grad()
-    def features(self, x: Tensor) -> Tensor:
-        """The judge's features (N, F) of samples (N, *event)."""
-        return self._judge.features(x.float())
-
-    @torch.no_grad()
     def accuracy(self, x: Tensor, labels: Tensor) -> float:
         """Share of samples (N, *event) that the judge takes for their label."""
         return label_accuracy(self.logits(x), labels)
@@ -60,6 +55,11 @@ class FeatureSpace:
         """The judge's logits (N, C) of samples (N, *event)."""
         logits: Tensor = self._judge(x.float())
         return logits
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """The judge's features (N, F) of samples (N, *event)."""
+        return self._judge.features(x.float())
 
     def floor(self, samples: int, repeat: int, label: Which) -> dict[str, float]:
         """What a block of ``samples`` held-out real samples scores, the ``repeat``-th one.
