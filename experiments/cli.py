@@ -29,6 +29,7 @@ from experiments.options import (
     numbers,
     whole_numbers,
 )
+from experiments.recipe_command import recipe
 from experiments.report_command import report
 from experiments.restore_command import restore
 
@@ -156,6 +157,7 @@ def orders(
 
 
 app.command()(train)
+app.command()(recipe)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from sde_diffusion.scales import Scale
 from sde_diffusion.sde import NoiseLevel
 
 GUIDANCES = ("none", "classifier", "cfg")
-ALL = "all"
+ALL: Literal["all"] = "all"
 
 Law = Literal["whole", "conditional", "guided"]
 

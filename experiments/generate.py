@@ -198,12 +198,12 @@ def _write_trajectory(plan: SamplePlan, folder: Path) -> None:
         raise RuntimeError(f"{spec_of(plan.solver)} kept no trajectory")
     states = solution.trajectory.cpu()
     write_array(folder / "trajectory.npy", states)
-    shown = _telling(subject.sdes[plan.sde], solution.trajectory_times, 10 if images else 6)
+    shown = telling_moments(subject.sdes[plan.sde], solution.trajectory_times, 10 if images else 6)
     times = solution.trajectory_times[shown]
     strip_figure(folder / "trajectory.png", states[shown], times, density=_density(plan))
 
 
-def _telling(sde: SDE, times: Tensor, count: int) -> Tensor:
+def telling_moments(sde: SDE, times: Tensor, count: int) -> Tensor:
     """Indices of the moments in which something is seen: even in log-SNR where that is middling."""
     log_snr = sde.at(times).half_log_snr.clamp(-2.0, 3.0)
     wanted = torch.linspace(float(log_snr[0]), float(log_snr[-1]), count, dtype=log_snr.dtype)

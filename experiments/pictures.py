@@ -146,6 +146,11 @@ def strip_figure(
                 frame.draw(axes[i, j], state[i : i + 1], None)
 
 
+def draw_image(ax: Axes, image: Tensor) -> None:
+    """One image (C, H, W) on a grey scale of its own; axis labels stay."""
+    _Frame(image[None]).draw(ax, image[None], None)
+
+
 @dataclass(frozen=True)
 class _Plane:
     """Where vectors of more than two numbers are seen from.

@@ -31,6 +31,7 @@ _SDE_NAMES = {
     "subvp": "sub-VP",
     "cosine": "cosine VP",
     "edm": "EDM",
+    "tabulatedvp": "DDPM chain",
 }
 
 

@@ -36,7 +36,7 @@ from sde_diffusion.checkpoints import (
     load_model,
     shipped_models,
 )
-from sde_diffusion.data import Dataset
+from sde_diffusion.data import DataDescription, Dataset
 from sde_diffusion.errors import unknown_name
 from sde_diffusion.named_targets import EMPIRICAL
 
@@ -348,7 +348,7 @@ def _from_folder(
         name = Path(folder).expanduser().resolve().name
     while name in taken:
         name += "'"
-    same = [j for j in judges if _same_data(j, model)]
+    same = [j for j in judges if same_data(j.data, model.data)]
     judge = same[0] if same else model
     judges.append(model)
     return _subject(name, {sde: model}, judge, options)
@@ -376,12 +376,9 @@ def _subject(
     return ModelSubject(name, models, judge, data, metrics, known)
 
 
-def _same_data(a: LoadedModel, b: LoadedModel) -> bool:
-    return (a.data.name, a.event_shape, a.data.scaling) == (
-        b.data.name,
-        b.event_shape,
-        b.data.scaling,
-    )
+def same_data(a: DataDescription, b: DataDescription) -> bool:
+    """Whether two models were trained on the same data in the same scaling."""
+    return (a.name, a.event_shape, a.scaling) == (b.name, b.event_shape, b.scaling)
 
 
 def _tensor_digest(x: Tensor) -> str:

@@ -63,7 +63,8 @@ def number(value: float | None, stderr: float | None = None) -> str:
     """``0.0123 ± 0.0004``: the standard error's first digit (two after a 1), the value as far."""
     if value is None or not math.isfinite(value):
         return "not finite"
-    if stderr is None or not math.isfinite(stderr) or stderr <= 0:
+    # Repetitions that agree differ by rounding at most, which is no standard error.
+    if stderr is None or not math.isfinite(stderr) or stderr <= 1e-12 * abs(value):
         return f"{value:.3g}"
     largest = math.floor(math.log10(max(abs(value), stderr)))
     if largest < -4 or largest > 5:

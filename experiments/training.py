@@ -34,7 +34,7 @@ from sde_diffusion.training_config import (
 )
 from solvers import ProbabilityFlow, sample
 
-__all__ = ["TrainOptions", "run_train", "sample_sheet", "training_config"]
+__all__ = ["TrainOptions", "run_train", "sample_sheet", "train_config", "training_config"]
 
 SHEET_STEPS = 18  # of Heun's method: 35 evaluations
 SHEET_SIZE = 64
@@ -60,10 +60,17 @@ class TrainOptions:
 
 def run_train(options: TrainOptions) -> None:
     """``sde-diffusion train``."""
+    config = training_config(options)
+    path = train_config(config, resume=options.resume, overwrite=options.overwrite)
+    if is_main_process():
+        make_console().print(f"next: sde-diffusion compare --model {path}", style="dim")
+
+
+def train_config(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Train what a config with an ``out`` says, the config and the outcome printed; the folder."""
     started = time.monotonic()
     console = make_console()
     console.quiet = not is_main_process()
-    config = training_config(options)
     data = config.data.load()
     config, derivation = noise_scales_chosen(config, data)
     config = completed(config, data)
@@ -83,13 +90,13 @@ def run_train(options: TrainOptions) -> None:
         settings=config.settings(),
         options=config.options(),
         seed=config.run.seed,
-        resume=options.resume,
-        overwrite=options.overwrite,
+        resume=resume,
+        overwrite=overwrite,
         progress=make_console(error=True).is_terminal,
         sheet=sample_sheet(data, config.run.seed) if config.run.samples_every else None,
     )
     if not is_main_process():
-        return
+        return path
     about = describe(path)
     training = about["training"]
     table = _by_time(training)
@@ -101,7 +108,7 @@ def run_train(options: TrainOptions) -> None:
     noted = f"; {skipped} updates skipped, their loss not finite" if skipped else ""
     console.print(f"{about['parameters']:,} weights in the score network{judged}{noted}")
     wrote(console, path, sorted(p.name for p in path.iterdir()), started)
-    console.print(f"next: sde-diffusion compare --model {path}", style="dim")
+    return path
 
 
 def training_config(options: TrainOptions) -> TrainConfig:

@@ -43,6 +43,7 @@ __all__ = [
     "TrainConfig",
     "completed",
     "noise_scales_chosen",
+    "overlaid",
     "override",
     "parse_config",
     "read_config",
@@ -192,7 +193,13 @@ def read_config(path: str | Path) -> TrainConfig:
 
 def parse_config(text: str, where: str) -> TrainConfig:
     """The config in a text; `where` is its name in messages. Raises as `read_config` does."""
-    return _checked(_overlaid(_plain(TrainConfig()), parse_toml(text, where), where), where)
+    return overlaid(TrainConfig(), parse_toml(text, where), where)
+
+
+def overlaid(config: TrainConfig, values: Mapping[str, Any], where: str) -> TrainConfig:
+    """The config with the tables and keys of `values` put over its own. Raises as `read_config`
+    does; `where` is what its messages name."""
+    return _checked(_overlaid(_plain(config), values, where), where)
 
 
 def override(config: TrainConfig, assignment: str, where: str = "--set") -> TrainConfig:
@@ -215,8 +222,7 @@ def override(config: TrainConfig, assignment: str, where: str = "--set") -> Trai
         value = text.strip()
     for key in reversed(keys):
         value = {key: value}
-    named = f"{where} {assignment}"
-    return _checked(_overlaid(_plain(config), value, named), named)
+    return overlaid(config, value, f"{where} {assignment}")
 
 
 def noise_scales_chosen(config: TrainConfig, data: Dataset) -> tuple[TrainConfig, str]:
