@@ -11,6 +11,7 @@ import typer
 
 from experiments.cli_train import train
 from experiments.compare_command import compare
+from experiments.error_budget_command import error_budget
 from experiments.failures import FAILED, OneLineGroup, guarded
 from experiments.interpolate_command import interpolate
 from experiments.likelihood_command import likelihood
@@ -234,6 +235,7 @@ def targets() -> None:
     make_console().print(target_table())
 
 
+app.command("error-budget")(error_budget)
 app.command("noise-scales")(noise_scales)
 
 
