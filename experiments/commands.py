@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments import compare, generate, steps
+from experiments.advice import advise
 from experiments.certify import orders
 from experiments.certify.report import draw_orders, tables
 from experiments.galleries import draw_pictures
@@ -30,6 +31,8 @@ def run_compare(options: compare.CompareOptions) -> int:
     for table in comparison_tables(outcome.folder.rows):
         console.print(table)
     console.print(legend(outcome.folder.rows), style="dim")
+    for line in advise(outcome.folder.rows).lines:
+        console.print(line, markup=False)
     for row in outcome.failed:
         where = f"{row['target']} · {row['sde']} · {row['spec']} · {row['budget'] or 'own steps'}"
         console.print(Text.assemble((f"{row['status']}: ", "red"), f"{where}: {row['error']}"))
