@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -124,7 +125,7 @@ def network_curves(path: str | os.PathLike[str], found: NetworkError) -> None:
                 look = Look(k)
                 axes[1].plot(
                     x,
-                    line.displacement,
+                    [moved or math.nan for moved in line.displacement],  # none: no step there
                     color=look.colour,
                     marker=look.marker,
                     linestyle=look.dash,
@@ -133,7 +134,10 @@ def network_curves(path: str | os.PathLike[str], found: NetworkError) -> None:
                 )
             axes[1].set_yscale("log")
             axes[1].set_ylabel("RMS displacement of samples")
-            axes[1].set_title("the network's score in one range only, exact outside", loc="left")
+            axes[1].set_title(
+                "the network's score in one range only, exact outside; no point: no step there",
+                loc="left",
+            )
             axes[1].legend(ncols=3, fontsize=7.5)
         axes[-1].set_xlabel("half log-SNR, log(α/σ): noise at the left, data at the right")
 
@@ -145,7 +149,7 @@ def budget_tables(outcome: BudgetOutcome) -> list[Table]:
         rows = [row for row in outcome.rows if row.sde == sde]
         names = [name for name in ORDER if any(name in row.parts for row in rows)]
         table = _table(f"{sde}  error budget: energy distance, rooted, with 95 % intervals")
-        table.add_column("solver, evaluations")
+        table.add_column("solver, evaluations", no_wrap=True)
         for name in [*names, "total", "floor"]:
             table.add_column(name.replace("_", " "), justify="right")
         for row in rows:
@@ -165,8 +169,8 @@ def budget_tables(outcome: BudgetOutcome) -> list[Table]:
 
 
 def _network_table(found: NetworkError) -> Table:
-    table = _table(f"{found.name}  the network's error by time, mean square of ε per dimension")
-    table.add_column("half log-SNR")
+    table = _table(f"{found.name}  the network's error by time")
+    table.add_column("half log-SNR", no_wrap=True)
     for name, there in (("loss", found.loss), ("score error", found.error)):
         if there:
             table.add_column(name, justify="right")
@@ -179,11 +183,10 @@ def _network_table(found: NetworkError) -> Table:
             cells.append(f"{found.error[place].mean:.2g}")
         cells += [f"×{line.factor[place]:.2g}" for line in found.amplified]
         table.add_row(*cells)
+    words = "Mean squares of ε per dimension."
     if found.amplified:
-        table.caption = Text(
-            "×: RMS displacement of samples over the network's RMS error in that range.",
-            style=FAINT,
-        )
+        words += " ×: RMS displacement of samples over the network's RMS error in that range."
+    table.caption = Text(words, style=FAINT)
     return table
 
 

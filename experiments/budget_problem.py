@@ -35,8 +35,8 @@ from solvers.noise import BrownianPath, CounterNoise
 
 ORDER = ("truncation", "prior_mismatch", "score_error", "rest", "discretisation")
 FINE_ODE_STEPS, FINE_SDE_STEPS = 100, 200
-_GRID = "log_snr"  # of fine solutions
-_DEPTH = 14  # halvings of a Brownian path: far finer than the fine solution's steps
+GRID = "log_snr"  # of fine solutions
+_DEPTH = 10  # halvings of a Brownian path: finer than the fine solution's steps
 _DATA_SEED, _TRUE_SEED, _CUT_SEED = 0x5EED_0011, 0x5EED_0012, 0x5EED_0013
 
 
@@ -148,7 +148,7 @@ class Problem:
                 repeat,
                 score=self.score(repeat, exact),
                 start=self.start(repeat, from_law),
-                grid=_GRID,
+                grid=GRID,
                 dtype=torch.float64 if exact else None,
             ).x.cpu()
         return self._kept[key]

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.budget_problem import ORDER, Problem, make_problem
+from experiments.budget_problem import GRID, ORDER, Problem, make_problem
 from experiments.compare import Progress
 from experiments.draw import one_thread_each
 from experiments.estimates import estimate
@@ -286,7 +286,7 @@ def _budget_row(
 def _reference_error(problem: Problem, kind: str) -> float:
     """D between the fine solution and one with half its steps: how far the reference can be off."""
     solver = problem.reference(kind)
-    coarse = problem.solve(solver, problem.fine_steps(solver) // 2, 0).x
+    coarse = problem.solve(solver, problem.fine_steps(solver) // 2, 0, grid=GRID).x
     return Part((paired_energy(coarse, problem.fine(solver, 0)),)).value
 
 

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from experiments.metrics import rms_distance
 from experiments.spec import spec_of
-from sde_diffusion.broadcast import expand
 from sde_diffusion.losses import mean_square, perturbed, simple_loss
 from sde_diffusion.prediction import Prediction, ScoreFn
 from sde_diffusion.sde import NoiseLevel
@@ -85,7 +84,9 @@ class SwitchedScore:
         if not bool(within.any()):
             return self.outside(x, level)
         both = self.inside(x, level).eps, self.outside(x, level).eps
-        return Prediction.from_eps(x, level, torch.where(expand(within, x), *both))
+        return Prediction.from_eps(
+            x, level, torch.where(within.reshape(-1, *[1] * (x.ndim - 1)), *both)
+        )
 
 
 def score_error_by_time(
