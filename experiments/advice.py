@@ -201,7 +201,7 @@ def _words(panel: Panel, rows: Rows) -> list[str]:
         floor = ", not told from true samples" if panel.at_floor else ""
         lines.append(
             f"the knee is at {panel.knee.nfe:.4g} evaluations, {panel.knee.solver}{floor}: "
-            f"nothing dearer is resolved to be better {_shown(panel.knee)}"
+            f"beyond it no gain is resolved {_shown(panel.knee)}"
         )
     elif len(panel.front_nfe) > 1:
         lines.append(

@@ -119,6 +119,7 @@ class BudgetRow:
     budget: int
     steps: int
     nfe: float
+    network_passes: float
     seconds: float
     parts: dict[str, Part]
     total: Part | None
@@ -243,14 +244,15 @@ def _budget_row(
     problem: Problem, solver: Solver | Integrator, budget: int, steps: int
 ) -> BudgetRow:
     squared: dict[str, list[float]] = {}
-    nfe = seconds = 0.0
+    nfe = passes = seconds = 0.0
 
     def note(name: str, value: float) -> None:
         squared.setdefault(name, []).append(value)
 
     for repeat in range(problem.repeats):
         solution = problem.solve(solver, steps, repeat)
-        nfe, seconds = solution.nfe, seconds + solution.stats["seconds"]
+        nfe, passes = solution.nfe, solution.network_passes
+        seconds += solution.stats["seconds"]
         fine = problem.fine(solver, repeat)
         note("discretisation", paired_energy(solution.x, fine))
         if problem.target is not None:
@@ -276,6 +278,7 @@ def _budget_row(
         budget=budget,
         steps=steps,
         nfe=nfe,
+        network_passes=passes,
         seconds=seconds,
         parts={name: found[name] for name in ORDER if name in found},
         total=found.get("total"),
@@ -320,7 +323,7 @@ def _as_row(plan: BudgetPlan, problem: Problem, found: BudgetRow) -> Row:
         target=problem.name,
         steps=found.steps,
         nfe=found.nfe,
-        network_passes=found.nfe,
+        network_passes=found.network_passes,
         seconds=found.seconds,
         metrics={name: estimate(part.squared) for name, part in every.items()},
         extra=extra,

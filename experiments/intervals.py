@@ -30,7 +30,7 @@ from sde_diffusion.errors import require_count
 Array = NDArray[np.float64]
 
 LEVEL = 0.95
-RESAMPLES = 1000
+RESAMPLES = 600
 _BLOCK = 1 << 22  # numbers of a bootstrap held at a time
 
 

@@ -191,14 +191,16 @@ def _at(rows: Rows, budget: int) -> list[Mapping[str, Any]]:
 def _caption(rows: Iterable[Mapping[str, Any]]) -> Text:
     rows = list(rows)
     first = rows[0]
-    repeats = first["repeats"]
+    counts = sorted({row["repeats"] for row in rows})
+    repeats = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     truths = in_order([row["truth"] for row in rows])
     classes = in_order([row["classes"] for row in rows if row["classes"]])
     of = f" ({', '.join(classes)})" if classes else ""
     sampled = in_order([row["guided_by"] for row in rows])
     guided = f", {sampled[0]}" if len(sampled) == 1 and sampled[0] != "unguided" else ""
+    size = first["samples"] // first["repeats"]
     return Text(
-        f"{first['samples'] // repeats:,} samples × {repeats} repeats{of}{guided}, against "
+        f"{size:,} samples × {repeats} repeats{of}{guided}, against "
         f"{'; or '.join(truths)}. Seconds: all samples at the most evaluations.",
         style=FAINT,
     )

@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 
 from experiments.intervals import (
+    RESAMPLES,
     Interval,
     PairedBootstrap,
     Ranks,
@@ -85,7 +86,7 @@ def test_differences_paired_by_sample_are_sharper_than_either() -> None:
     assert found.value == pytest.approx(0.02 * np.mean([np.sqrt((b**2).mean()) for b in first]))
     assert 0 < found.interval.low < found.value < found.interval.high
     assert found.interval.high - found.interval.low < 0.05 * (own.high - own.low)
-    assert found.p == 1 / 1000
+    assert found.p == 1 / RESAMPLES
     nothing = bootstrap.rms_difference(first, first)
     assert nothing.value == 0
     assert nothing.p == 1
