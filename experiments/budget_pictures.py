@@ -21,7 +21,7 @@ _WORDS = {
     "truncation": "truncation at t_min",
     "prior_mismatch": "prior mismatch at T",
     "score_error": "score error",
-    "rest": "the rest: network, prior, truncation",
+    "rest": "the rest (network, prior)",
     "discretisation": "discretisation",
 }
 _COLOURS = dict(
@@ -66,7 +66,7 @@ def _bars(ax: Axes, rows: Sequence[BudgetRow]) -> None:
     floors = [0.0 if row.floor is None else row.floor.value for row in rows]
     if any(floors):
         style = {"facecolor": "none", "edgecolor": GREY, "hatch": "////", "linewidth": 0.5}
-        label = "Monte Carlo: true against true samples"
+        label = "Monte Carlo (floor)"
         ax.barh(places, floors, 0.68, left, label=label, **style)  # type: ignore[arg-type]
     totals = [(i, row.total) for i, row in enumerate(rows) if row.total is not None]
     if totals:
@@ -85,7 +85,7 @@ def _bars(ax: Axes, rows: Sequence[BudgetRow]) -> None:
             markersize=4,
             elinewidth=0.9,
             capsize=2.5,
-            label="measured against the data, floor taken off (95 %)",
+            label="measured, floor off (95 %)",
         )
     ax.set_yticks(places, [f"{row.solver}, {row.budget}" for row in rows])
     ax.invert_yaxis()

@@ -18,7 +18,6 @@ from experiments.intervals import (
     LEVEL,
     Interval,
     PairedBootstrap,
-    Ranks,
     paired_difference,
     rank_ranges,
     t_interval,
@@ -74,19 +73,21 @@ def column_of(row: Mapping[str, Any]) -> Column:
 
 
 def with_ranks(rows: Sequence[Row], error: float = 1 - LEVEL) -> list[Row]:
-    """The rows with ``rank``, ``[best, worst]`` that it may have in its column by `rank_ranges`.
+    """The rows with ``rank`` and ``versus_best``, both of the primary metric in their column.
 
-    None where a row failed, has no column (a solver with steps of its own) or stands alone. What is
-    ranked is the primary metric, less the floor where samplers have floors of their own (the guided
-    ODE and the guided SDE).
+    ``rank`` is ``[best, worst]`` that it may have by `rank_ranges`; ``versus_best`` the difference
+    from the row whose figure is best, paired by repeat: its ``spec``, ``value``, and ``interval``,
+    which holds for all pairs of the column at once (Bonferroni). None where a row failed, has no
+    column (a solver with steps of its own) or stands alone. Figures are taken less the floor where
+    samplers have floors of their own (the guided ODE and the guided SDE).
 
     Args:
         error: probability that anything wrong is said of a column.
     """
-    ranks = _ranks([row.as_dict() for row in rows], error)
+    found = _standings([row.as_dict() for row in rows], error)
     return [
-        replace(row, extra={**row.extra, "rank": rank})
-        for row, rank in zip(rows, ranks, strict=True)
+        replace(row, extra={**row.extra, **standing})
+        for row, standing in zip(rows, found, strict=True)
     ]
 
 
@@ -133,23 +134,30 @@ def more_repeats(
     return {c: count for c, count in fitting.items() if count > now_at[c]}
 
 
-def _ranks(rows: Sequence[Mapping[str, Any]], error: float) -> list[list[int] | None]:
-    found: list[list[int] | None] = [None] * len(rows)
+def _standings(rows: Sequence[Mapping[str, Any]], error: float) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [{"rank": None, "versus_best": None} for _ in rows]
     columns: dict[Column, list[int]] = {}
     for place, row in enumerate(rows):
         known = row["status"] == OK and row["budget"] is not None
         if known and row["by_repeat"].get(row["primary"]):
             columns.setdefault(column_of(row), []).append(place)
     for places in columns.values():
-        here = [rows[place] for place in places]
-        if len(here) < 2:
+        if len(places) < 2:
             continue
-        metric = here[0]["primary"]
-        ranks: list[Ranks] = rank_ranges(
-            _comparable(here, metric), lower_is_better=METRICS[metric].lower_is_better, error=error
-        )
-        for place, rank in zip(places, ranks, strict=True):
-            found[place] = list(rank)
+        here = [rows[place] for place in places]
+        lower = METRICS[here[0]["primary"]].lower_is_better
+        figures = _comparable(here, here[0]["primary"])
+        ranks = rank_ranges(figures, lower_is_better=lower, error=error)
+        best = min(range(len(here)), key=lambda i: (1 if lower else -1) * np.mean(figures[i]))
+        level = 1 - error / (len(here) * (len(here) - 1) / 2)
+        for place, rank, figure in zip(places, ranks, figures, strict=True):
+            apart = paired_difference(figure, figures[best], level)
+            versus = {
+                "spec": here[best]["spec"],
+                "value": apart.value,
+                "interval": apart.interval,
+            }
+            found[place] = {"rank": list(rank), "versus_best": versus}
     return found
 
 

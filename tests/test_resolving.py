@@ -56,6 +56,18 @@ def test_rows_are_ranked_within_their_column_only() -> None:
     assert ranks(good, bad, other, own, failed) == [[1, 1], [2, 2], None, None, None]
 
 
+def test_the_difference_from_the_best_has_an_interval_wider_than_one_pairs() -> None:
+    rows = with_ranks(
+        [made("a", [1.0, 1.1, 0.9]), made("b", [5.0, 5.2, 5.1]), made("c", [9.0] * 3)]
+    )
+    versus = rows[1].extra["versus_best"]
+    alone = paired_difference([5.0, 5.2, 5.1], [1.0, 1.1, 0.9])
+    assert (versus["spec"], versus["value"]) == ("a", pytest.approx(4.1))
+    assert alone.interval is not None
+    assert versus["interval"].low < alone.interval.low < 4.1 < alone.interval.high
+    assert rows[0].extra["versus_best"]["value"] == 0
+
+
 def test_laws_with_floors_of_their_own_are_ranked_above_them() -> None:
     # The second has the smaller distance and the larger excess.
     first = made("a", [5.01, 5.02, 5.03], floor=[5.0, 5.01, 5.02])
