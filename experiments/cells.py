@@ -12,7 +12,7 @@ import functools
 import hashlib
 import inspect
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from experiments.conditions import Condition
@@ -26,6 +26,7 @@ CELLS_VERSION = 1
 """Counted up when a change of this program changes what a cell's figures are."""
 
 Kind = Literal["cell", "fine", "floor"]
+Judging = Literal["distance", "guidance"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Task:
         budget, steps: None where the solver has its own.
         samples: in the repeat.
         seconds: a cell that takes longer has failed; None: no limit.
+        judging: "distance": from the law that is sampled; "guidance": from the classes asked for.
     """
 
     kind: Kind
@@ -59,6 +61,7 @@ class Task:
     device: str
     batch_size: int | None
     seconds: float | None = None
+    judging: Judging = "distance"
 
     def __str__(self) -> str:
         condition = f" · {self.condition}" if str(self.condition) else ""
@@ -86,10 +89,10 @@ def cell_key(
         "version": CELLS_VERSION,
         "kind": kind,
         "subject": subject.identity(sde),
-        "condition": asdict(condition),
+        "condition": condition.identity(),
         "solver": name_of(type(solver)),
         "settings": settings_of(solver),
-        "source": _source_digest(type(solver)),
+        "source": source_digest(type(solver)),
         **numbers,
     }
     return digest(identity)[:20]
@@ -101,7 +104,7 @@ def digest(value: Any) -> str:
 
 
 @functools.cache
-def _source_digest(kind: type) -> str:
+def source_digest(kind: type) -> str:
     """Of the file a solver is written in: an edited solver is another one."""
     try:
         text = inspect.getsource(inspect.getmodule(kind) or kind)

@@ -11,10 +11,13 @@ import typer
 
 from experiments.cli_train import train
 from experiments.compare_command import compare
+from experiments.diff_command import diff
 from experiments.error_budget_command import error_budget
 from experiments.failures import FAILED, OneLineGroup, guarded
+from experiments.guidance_command import guidance
 from experiments.interpolate_command import interpolate
 from experiments.likelihood_command import likelihood
+from experiments.merge_command import merge
 from experiments.noise_scales_command import noise_scales
 from experiments.options import (
     OUT_HELP,
@@ -24,8 +27,10 @@ from experiments.options import (
     Device,
     Grid,
     Seed,
+    numbers,
     whole_numbers,
 )
+from experiments.report_command import report
 from experiments.restore_command import restore
 
 app = typer.Typer(
@@ -46,7 +51,9 @@ app.command()(compare)
 @app.command()
 @guarded
 def steps(
-    target: Annotated[str, typer.Option(help="An exact target.")] = "ring",
+    target: Annotated[
+        str, typer.Option(help="An exact target: a name, empirical:DATA or FILE.toml.")
+    ] = "ring",
     sde: Annotated[list[str] | None, typer.Option(help="Repeatable. Default: vp, ve.")] = None,
     solver: Annotated[
         list[str] | None,
@@ -64,6 +71,10 @@ def steps(
     grid: Annotated[str, typer.Option(help="Times of the steps: log_snr, time, karras, ...")] = (
         "log_snr"
     ),
+    wanted: Annotated[
+        list[str] | None,
+        typer.Option(help="An error to predict the evaluations for, as 1e-3; repeatable."),
+    ] = None,
     out: Annotated[
         str | None, typer.Option(help=OUT_HELP + " Default: runs/steps-…, by the options.")
     ] = None,
@@ -76,6 +87,8 @@ def steps(
     [bold]Examples[/bold]
 
       sde-diffusion steps
+
+      sde-diffusion steps --wanted 1e-2,1e-4
 
       sde-diffusion steps --target moons --sde vp --solver probability_flow --steps 8,16,32,64
     """
@@ -92,6 +105,7 @@ def steps(
             repeats=repeats,
             seed=seed,
             grid=grid,
+            wanted=numbers("--wanted", wanted),
             batch_size=batch_size,
             device=device,
             out=out,
@@ -172,17 +186,33 @@ def sample(
     trajectory: Annotated[
         bool, typer.Option("--trajectory", help="Also a strip of the denoising steps.")
     ] = False,
+    shard_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Samples in a file of a large set. Default: 1000, beyond 10,000 samples."
+        ),
+    ] = None,
+    array_format: Annotated[
+        str | None,
+        typer.Option("--format", help="Of a large set's files: npy (the default) or safetensors."),
+    ] = None,
     out: Annotated[
         str | None, typer.Option(help=OUT_HELP + " Default: runs/sample-…, by the options.")
     ] = None,
 ) -> None:
     """Draw samples and write them: samples.npy in the data's own range, samples.png, manifest.json.
 
+    More than 10,000 samples, or several processes, write shards/ instead: files of 1,000, each
+    finished or not there. The same command goes on where it was stopped, and with a larger -n adds
+    to the set.
+
     [bold]Examples[/bold]
 
       sde-diffusion sample -n 100 --guidance cfg --scale 2 --label all
 
       sde-diffusion sample --model runs/mine --nfe 20 --trajectory --out runs/pictures
+
+      torchrun --nproc-per-node 2 -m experiments sample --model runs/mine -n 50000 --out runs/many
     """
     from experiments.commands import run_sample
     from experiments.generate import SampleOptions
@@ -205,13 +235,19 @@ def sample(
             denoise=denoise,
             trajectory=trajectory,
             out=out,
+            shard_size=shard_size,
+            array_format=array_format,
         )
     )
 
 
+app.command()(guidance)
 app.command()(likelihood)
 app.command()(interpolate)
 app.command()(restore)
+app.command()(report)
+app.command()(diff)
+app.command()(merge)
 
 
 @app.command()

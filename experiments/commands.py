@@ -3,41 +3,67 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from experiments import compare, generate, steps
+from experiments import compare, generate, generate_shards, steps
 from experiments.advice import advise
-from experiments.certify import orders
-from experiments.certify.report import draw_orders, tables
+from experiments.asymptotics import Needed
+from experiments.costs import throughput_table
+from experiments.experiment_file import to_toml, write_experiment
 from experiments.galleries import draw_pictures
 from experiments.plots import error_vs_steps
 from experiments.progress import ProgressBar
 from experiments.tables import comparison_tables, legend, make_console, wrote
+from experiments.timing import Timing
+
+if TYPE_CHECKING:  # imported where it is used: half a second that no other command needs
+    from experiments.certify import orders
 
 
-def run_compare(options: compare.CompareOptions) -> int:
-    """``sde-diffusion compare``; how many rows failed."""
-    started = time.monotonic()
+def run_compare(
+    options: compare.CompareOptions, write_to: str | None = None, timing: Timing | None = None
+) -> int:
+    """``sde-diffusion compare``; how many rows failed.
+
+    Args:
+        timing: begun where the command began.
+        write_to: only check the options and write them to this experiment file; ``-``: print it.
+    """
+    timing = timing or Timing()
     plan = compare.make_plan(options)
+    if write_to == "-":
+        make_console().print(to_toml(options), end="", markup=False, soft_wrap=True)
+        return 0
+    if write_to is not None:
+        write_experiment(write_to, options)
+        make_console().print(f"wrote {write_to}")
+        return 0
     with ProgressBar() as bar:
-        outcome = compare.run(plan, bar)
+        outcome = compare.run(plan, bar, timing)
         bar.now("pictures")
         paths = draw_pictures(outcome)
+    outcome.folder.timing = timing.as_dict()
+    outcome.folder.write()
     console = make_console()
     for table in comparison_tables(outcome.folder.rows):
         console.print(table)
     console.print(legend(outcome.folder.rows), style="dim")
     for line in advise(outcome.folder.rows).lines:
         console.print(line, markup=False)
+    if (costs := throughput_table(outcome.folder.rows)) is not None:
+        console.print(costs)
     for row in outcome.failed:
         where = f"{row['target']} · {row['sde']} · {row['spec']} · {row['budget'] or 'own steps'}"
         console.print(Text.assemble((f"{row['status']}: ", "red"), f"{where}: {row['error']}"))
     files = ["results.json", "cells.parquet", *(p.name for p in paths)]
-    wrote(console, outcome.folder.path, files, started)
+    wrote(console, outcome.folder.path, files, timing.started)
     return len(outcome.failed)
 
 
@@ -48,14 +74,18 @@ def run_steps(options: steps.StepsOptions) -> None:
     with ProgressBar() as bar:
         folder, fitted = steps.run(plan, bar)
         bar.now("picture")
-        error_vs_steps(folder.path / steps.PICTURE, folder.rows, metric="error")
+        laws = {(plan.subject.name, f.sde, f.solver): f.law for f in fitted if f.law is not None}
+        error_vs_steps(folder.path / steps.PICTURE, folder.rows, metric="error", laws=laws)
     console = make_console()
-    console.print(_slope_table(plan.subject.name, options.grid, fitted))
+    console.print(_slope_table(plan.subject.name, options.grid, fitted, options.wanted))
     wrote(console, folder.path, ["results.json", steps.PICTURE], started)
 
 
 def run_orders(options: orders.OrdersOptions) -> bool:
     """``sde-diffusion orders``; whether every solver passed that is not a peer."""
+    from experiments.certify import orders
+    from experiments.certify.report import draw_orders, tables
+
     started = time.monotonic()
     plan = orders.make_plan(options)
     logging.getLogger("diffusers").setLevel(logging.ERROR)  # it comments on settings in every run
@@ -85,6 +115,10 @@ def run_orders(options: orders.OrdersOptions) -> bool:
 def run_sample(options: generate.SampleOptions) -> None:
     """``sde-diffusion sample``."""
     started = time.monotonic()
+    process = generate_shards.launched()
+    if generate_shards.is_sharded(options, process):
+        _run_shards(options, process, started)
+        return
     plan = generate.make_plan(options)
     with ProgressBar() as bar:
         written = generate.run(plan, bar)
@@ -97,7 +131,27 @@ def run_sample(options: generate.SampleOptions) -> None:
     wrote(console, written.folder, list(written.files), started)
 
 
-def _slope_table(target: str, grid: str, fitted: list[steps.Fitted]) -> Table:
+def _run_shards(
+    options: generate.SampleOptions, process: generate_shards.Process, started: float
+) -> None:
+    """This process's part of a large set; the first process says how far it is."""
+    plan = generate_shards.make_shard_plan(options, process)
+    with ProgressBar(shown=process.rank == 0) as bar:
+        written = generate_shards.run_shards(plan, process, bar)
+    console = make_console()
+    who = f"process {process.rank} of {process.world}: " if process.world > 1 else ""
+    console.print(
+        f"{who}{written.drawn} shards drawn, {written.found} found finished, "
+        f"{written.seconds:.2g} s of sampling"
+    )
+    if written.finished:
+        files = ["manifest.json", "samples.png", f"shards/ ({options.count:,} samples)"]
+        wrote(console, written.folder, files, started)
+
+
+def _slope_table(
+    target: str, grid: str, fitted: list[steps.Fitted], wanted: Sequence[float]
+) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     table.title = Text.assemble((target, "bold"), f"  error against steps, grid {grid}")
     table.title_justify = "left"
@@ -109,16 +163,22 @@ def _slope_table(target: str, grid: str, fitted: list[steps.Fitted]) -> Table:
     table.add_column("declared", justify="right")
     table.add_column("fitted", justify="right")
     table.add_column("on", justify="right")
+    for error in wanted:
+        table.add_column(f"NFE for {error:g}", justify="right")
     for sde in dict.fromkeys(fit.sde for fit in fitted):
         table.add_section()
         table.add_row(Text(sde.upper(), style="bold"))
         for fit in (f for f in fitted if f.sde == sde):
             slope = fit.slope
+            law, region = fit.law, ""
             order = Text("below the floor", style="dim")
-            if slope is not None:
-                spread = "" if slope.stderr is None else f" ± {max(slope.stderr, 0.01):.2f}"
-                close = slope.order >= fit.declared - 0.25
-                order = Text(f"{slope.order:.2f}{spread}", style="green" if close else "yellow")
+            if law is not None:
+                close = law.order_high >= fit.declared - 0.25
+                text = f"{law.order:.2f} ({law.order_low:.2f}–{law.order_high:.2f})"
+                order = Text(text, style="green" if close else "yellow")
+                region = f"{law.first}–{law.last}"
+            elif slope is not None:
+                order, region = Text(f"{slope.order:.2f}", style="yellow"), "no region"
             errors = [
                 Text(
                     f"{fit.errors[n].value:.2g}",
@@ -131,13 +191,26 @@ def _slope_table(target: str, grid: str, fitted: list[steps.Fitted]) -> Table:
                 *errors,
                 str(fit.declared),
                 order,
-                "" if slope is None else f"{slope.first}–{slope.last}",
+                region,
+                *map(_evaluations, fit.needed),
             )
     table.caption = Text(
         "ODE solvers: RMS distance to the fine ODE from the same noise, float64. SDE solvers: weak "
         "error, |mean log density - true|, in nats; dim: within three standard errors of zero, not "
-        "fitted.",
+        "fitted. In brackets 95 %; on: the asymptotic region; *: finer than all grids.",
         style="dim",
     )
     table.caption_justify = "left"
     return table
+
+
+def _evaluations(needed: Needed) -> str:
+    """Evaluations for a wanted error: "37 (35–39)"."""
+
+    def short(n: float) -> str:
+        return f"{n:.0f}" if n < 1e5 else f"{n:.1e}" if math.isfinite(n) else "never"
+
+    if needed.how == "reached":
+        return f"≤ {short(needed.nfe)}"
+    star = "*" if needed.how == "extrapolated" else ""
+    return f"{short(needed.nfe)}{star} ({short(needed.low)}–{short(needed.high)})"

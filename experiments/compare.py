@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from experiments.cells import Task
+from experiments.costs import Costs
 from experiments.draw import one_thread_each
 from experiments.estimates import Estimate, estimate
+from experiments.experiment_file import EXPERIMENT, to_toml
 from experiments.folders import prepare_out
 from experiments.intervals import LEVEL, PairedBootstrap, error_at_look, t_interval
 from experiments.judging import Cell
@@ -42,15 +44,16 @@ from experiments.resolving import (
     unresolved,
     with_ranks,
 )
-from experiments.results import Row, RunFolder
+from experiments.results import Row, RunFolder, WriteError, naming, write_whole
 from experiments.spec import spec_of
 from experiments.store import CellStore
+from experiments.timing import Timing
 from experiments.work import Done
 from solvers.catalogue import name_of, settings_of
 
 __all__ = ["BUDGETS", "SOLVERS", "CompareOptions", "Outcome", "make_plan", "run"]
 
-PICTURES = ("quality_vs_nfe.png", "quality_vs_seconds.png", "samples.png")
+PICTURES = ("quality_vs_nfe.png", "quality_vs_seconds.png", "samples.png", "report.html")
 _REWRITE = 1.0  # seconds between two writes of results.json
 
 
@@ -89,18 +92,29 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C; the message says where and what is kept."""
 
 
-def run(plan: Plan, progress: Progress) -> Outcome:
+def run(
+    plan: Plan,
+    progress: Progress,
+    timing: Timing | None = None,
+    more_pictures: Sequence[str] = (),
+) -> Outcome:
     """Compute the cells that the folder does not hold; each is on disk as soon as it is finished.
 
     A cell whose sampler fails says so, and the others go on.
 
+    Args:
+        timing: begun by a caller who counts what comes before and after.
+
     Raises:
         Interrupted: Ctrl-C.
+        WriteError: a full disk; the finished cells are kept.
     """
+    timing = timing or Timing()
+    timing.processes = None if plan.pool.scheduler else plan.pool.jobs
     options = plan.options
-    path = prepare_out(plan.out, pictures=PICTURES)
+    path = prepare_out(plan.out, pictures=(*PICTURES, *more_pictures))
     config = {**asdict(options), "jobs": plan.pool.jobs, "sizes": plan.samples}
-    folder = RunFolder(path, "compare", config, device=options.device)
+    folder = RunFolder(path, plan.experiment, config, device=options.device)
     store = CellStore(path)
     outcome = Outcome(plan, folder, store)
     rows = _Rows(outcome)
@@ -115,16 +129,28 @@ def run(plan: Plan, progress: Progress) -> Outcome:
     try:
         with folder, one_thread_each():
             folder.write()
+            if plan.experiment == "compare":
+                with naming(path / EXPERIMENT):
+                    write_whole(path / EXPERIMENT, to_toml(options))
             there: set[str] = set()
             for _ in _looks(outcome, rows):
-                _references(plan, store, began, there)
-                tasks = rows.missing()
-                for task, done in _computed(plan, store, tasks, began):
+                _references(plan, store, began, timing, there)
+                for task, done in _computed(plan, store, rows.missing(), began, timing):
                     progress.now(str(task))
                     progress.done(task_work(plan, task))
                     rows.add(done)
                 rows.write()
+            if options.throughput:
+                costs = Costs(path, options.device, plan.pool.workers, force=options.force)
+                rows.measure(costs, progress)
+                rows.write()
             store.write_table(rows.records())
+            folder.timing = timing.as_dict()
+    except WriteError as error:
+        raise WriteError(
+            f"{error}; {len(rows.records())} cells are finished, and stored in {folder.path}: make "
+            "room there, and the same command goes on"
+        ) from error
     except KeyboardInterrupt:
         rows.write()
         raise Interrupted(
@@ -158,7 +184,11 @@ def _looks(outcome: Outcome, rows: _Rows) -> Iterator[int]:
 
 
 def _references(
-    plan: Plan, store: CellStore, began: Callable[[Task], None], there: set[str]
+    plan: Plan,
+    store: CellStore,
+    began: Callable[[Task], None],
+    timing: Timing,
+    there: set[str],
 ) -> None:
     """Floors and fine solutions, which many cells share, before the cells.
 
@@ -171,12 +201,16 @@ def _references(
             for task in (plan.floor_task(planned, repeat), plan.fine_task(planned, repeat)):
                 if task is not None and task.key not in there:
                     tasks.setdefault(task.key, task)
-    for task, _ in _computed(plan, store, list(tasks.values()), began):
+    for task, _ in _computed(plan, store, list(tasks.values()), began, timing):
         there.add(task.key)
 
 
 def _computed(
-    plan: Plan, store: CellStore, tasks: Sequence[Task], began: Callable[[Task], None]
+    plan: Plan,
+    store: CellStore,
+    tasks: Sequence[Task],
+    began: Callable[[Task], None],
+    timing: Timing,
 ) -> Iterator[tuple[Task, Done]]:
     """The cells, those that the folder holds first."""
     missing: list[Work] = []
@@ -189,6 +223,7 @@ def _computed(
         else:
             yield task, Done(record, {})
     for task, done in plan.pool.run(missing, began):
+        timing.add(done.record)
         store.put(*done)
         yield task, done
 
@@ -260,9 +295,23 @@ class _Rows:
         self._outcome.folder.replace(with_ranks([self._rows[i] for i in order], self._error))
         self._written = time.monotonic()
 
+    def measure(self, costs: Costs, progress: Progress) -> None:
+        """Add to the rows what a sample costs, one after the other, nothing else at work."""
+        plan = self._outcome.plan
+        for i, row in sorted(self._rows.items()):
+            if row.extra["status"] == OK:
+                progress.now(f"throughput of {plan.cells[i]}")
+                found = costs.of(plan.tasks(plan.cells[i])[0])
+                self._rows[i] = replace(row, extra={**row.extra, "throughput": found})
+
     def records(self) -> list[Record]:
         """The records of the rows that are whole, row after row."""
-        return [self._records[key] for i in sorted(self._rows) for key in self._keys[i]]
+        return [
+            self._records[key]
+            for i in sorted(self._rows)
+            for key in self._keys[i]
+            if key in self._records
+        ]
 
     def _row(self, index: int) -> Row:
         plan = self._outcome.plan
@@ -344,6 +393,7 @@ def make_row(
             "label": cell.condition.label,
             "guided_by": cell.condition.guided_by,
             "classes": cell.condition.classes,
+            "interval": cell.condition.interval,
             "primary": judge.primary,
             "truth": judge.truth(cell),
             "floor": {name: e._asdict() for name, e in floor.items()},

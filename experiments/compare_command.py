@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 
 import typer
@@ -15,6 +16,7 @@ from experiments.options import (
     Device,
     Grid,
     Seed,
+    given_names,
     numbers,
     whole_numbers,
 )
@@ -22,9 +24,21 @@ from experiments.options import (
 
 @guarded
 def compare(
+    context: typer.Context,
+    experiment: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[EXPERIMENT.toml]",
+            help="Options from a file, by the names they have here (targets, solvers, nfe, ...); "
+            "options typed here replace the file's.",
+        ),
+    ] = None,
     target: Annotated[
         list[str] | None,
-        typer.Option(help="An exact target's name, or digits; repeatable. Default: ring, digits."),
+        typer.Option(
+            help="An exact target (a name, empirical:DATA or FILE.toml), or digits; repeatable. "
+            "Default: ring, digits."
+        ),
     ] = None,
     model: Annotated[
         list[str] | None,
@@ -64,7 +78,10 @@ def compare(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(help="Samples in a repeat. Default: 2000 of exact targets, 100 of networks."),
+        typer.Option(
+            help="Samples in a repeat. Default: 2000 of exact targets, 400 of large ones, 100 of "
+            "networks."
+        ),
     ] = None,
     repeats: Annotated[int, typer.Option(help="Independent repeats, for standard errors.")] = 3,
     seed: Seed = 0,
@@ -102,6 +119,16 @@ def compare(
         int | None,
         typer.Option(help="Repeats that --until-resolved comes to at most. Default: 30."),
     ] = None,
+    throughput: Annotated[
+        bool,
+        typer.Option(
+            "--throughput", help="Also seconds per sample at the best batch size, measured after."
+        ),
+    ] = False,
+    write_experiment: Annotated[
+        str | None,
+        typer.Option(help="Write these options as an experiment file (-: print it), and end."),
+    ] = None,
 ) -> None:
     """Compare solvers × SDEs × evaluations × guidance, at equal numbers of evaluations.
 
@@ -120,11 +147,16 @@ def compare(
       sde-diffusion compare --target ring --guidance cfg --guidance classifier --scale 1,3 --label 2
 
       sde-diffusion compare --model runs/mine --data faces/ --nfe 20,50
+
+      sde-diffusion compare examples/compare.toml --seed 1
     """
+    started = time.monotonic()  # what follows imports torch and all
     from experiments.commands import run_compare
     from experiments.compare import BUDGETS, SOLVERS, CompareOptions
+    from experiments.experiment_file import combined, naming_keys
+    from experiments.timing import Timing
 
-    failed = run_compare(
+    options, sources = combined(
         CompareOptions(
             targets=target or (),
             models=model or (),
@@ -150,7 +182,12 @@ def compare(
             until_resolved=until_resolved,
             budget_seconds=budget_seconds,
             max_repeats=max_repeats,
-        )
+            throughput=throughput,
+        ),
+        experiment,
+        given_names(context),
     )
+    with naming_keys(sources):
+        failed = run_compare(options, write_experiment, Timing(started=started))
     if failed:
         raise typer.Exit(PARTLY)

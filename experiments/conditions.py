@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sde_diffusion.errors import require_finite, unknown_name
+from sde_diffusion.scales import Scale
+from sde_diffusion.sde import NoiseLevel
 
 GUIDANCES = ("none", "classifier", "cfg")
 ALL = "all"
@@ -25,11 +27,13 @@ class Condition:
         guidance: "none", "classifier" or "cfg".
         scale: gamma: 0 unconditional, 1 conditional; None without guidance.
         label: a class, "all" (sample i has class ``i mod C``), or None.
+        interval: (low, high) in sigma/alpha, outside which gamma is 1; None: everywhere.
     """
 
     guidance: str = "none"
     scale: float | None = None
     label: int | Literal["all"] | None = None
+    interval: tuple[float, float] | None = None
 
     @property
     def law(self) -> Law:
@@ -37,7 +41,7 @@ class Condition:
 
         ``guided``: neither the whole nor the conditional law; what the guided equation gives.
         """
-        if self.label is None or self.scale == 0:
+        if self.label is None or (self.scale == 0 and self.interval is None):
             return "whole"
         return "conditional" if self.guidance == "none" or self.scale == 1 else "guided"
 
@@ -54,7 +58,31 @@ class Condition:
     @property
     def guided_by(self) -> str:
         """The guidance in words."""
-        return "unguided" if self.guidance == "none" else f"{self.guidance} γ={self.scale:g}"
+        if self.guidance == "none":
+            return "unguided"
+        where = "" if self.interval is None else f" in {interval_name(self.interval)}"
+        return f"{self.guidance} γ={self.scale:g}{where}"
+
+    @property
+    def weight(self) -> Scale:
+        """The scale as a function of the noise level, where there is an interval."""
+        scale, interval = self.scale or 0.0, self.interval
+        if interval is None:
+            return scale
+
+        def inside(level: NoiseLevel) -> Tensor:
+            ratio = level.sigma_over_alpha
+            within = (ratio >= interval[0]) & (ratio <= interval[1])
+            return torch.where(within, scale, 1.0)
+
+        return inside
+
+    def identity(self) -> dict[str, Any]:
+        """JSON-like values by which this is known; what it does not have is not among them."""
+        values = asdict(self)
+        if self.interval is None:
+            del values["interval"]
+        return values
 
     @property
     def classes(self) -> str:
@@ -107,6 +135,11 @@ def make_conditions(
         for scale in dict.fromkeys(scales or (1.0,)):
             conditions.append(Condition(guidance, float(scale), "all" if given is None else given))
     return conditions
+
+
+def interval_name(interval: tuple[float, float] | None) -> str:
+    """An interval in words: "σ/α 0.3–3", or "full"."""
+    return "full" if interval is None else f"σ/α {interval[0]:g}–{interval[1]:g}"
 
 
 def parse_label(text: str | None) -> int | Literal["all"] | None:

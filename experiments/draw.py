@@ -109,6 +109,8 @@ class Machine:
             started = time.perf_counter()
             try:
                 solutions = _side_by_side(one, chunks, self.workers)
+                if self.device.type == "cuda":  # it answers before it has computed
+                    torch.cuda.synchronize(self.device)
                 break
             except RuntimeError as error:
                 if not _out_of_memory(error) or size == 1:

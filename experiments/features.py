@@ -48,7 +48,18 @@ class FeatureSpace:
     @torch.no_grad()
     def accuracy(self, x: Tensor, labels: Tensor) -> float:
         """Share of samples (N, *event) that the judge takes for their label."""
-        return label_accuracy(self._judge(x.float()), labels)
+        return label_accuracy(self.logits(x), labels)
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """The judge's logits (N, C) of samples (N, *event)."""
+        logits: Tensor = self._judge(x.float())
+        return logits
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """The judge's features (N, F) of samples (N, *event)."""
+        return self._judge.features(x.float())
 
     def floor(self, samples: int, repeat: int, label: Which) -> dict[str, float]:
         """What a block of ``samples`` held-out real samples scores, the ``repeat``-th one.

@@ -19,6 +19,7 @@ from experiments.folders import default_out, prepare_out
 from experiments.pictures import SampleGroup, samples_figure, strip_figure
 from experiments.planning import steps_within
 from experiments.results import environment, plain, write_whole
+from experiments.shards import MANIFEST, SHARDS
 from experiments.spec import parse_solver, spec_of
 from experiments.subjects import ExactSubject, ModelSubject, Subject, SubjectOptions, make_subjects
 from sde_diffusion import SDE
@@ -26,7 +27,6 @@ from sde_diffusion.errors import require_count
 from solvers import Integrator, Solver, grids, sample
 from solvers.catalogue import settings_of
 
-MANIFEST = "manifest.json"
 ARRAYS = ("samples.npy", "labels.npy", "trajectory.npy")
 PICTURES = ("samples.png", "trajectory.png")
 _SHOWN = 100  # images in the picture
@@ -53,6 +53,8 @@ class SampleOptions:
     denoise: bool = False
     trajectory: bool = False
     out: str | None = None
+    shard_size: int | None = None
+    array_format: str | None = None
 
 
 @dataclass
@@ -113,6 +115,8 @@ def make_plan(options: SampleOptions) -> SamplePlan:
         )
     steps = steps_within(solver, options.nfe, options.denoise)
     config = {**asdict(options), "out": None, "batch_size": None, "device": None}
+    if options.shard_size is not None:  # a set in shards is the same set when it grows
+        config["count"] = None
     out = options.out or default_out("sample", [subject.name, sde], config)
     return SamplePlan(options, subject, sde, condition, solver, steps, machine, out)
 
@@ -124,27 +128,17 @@ def run(plan: SamplePlan, progress: Progress) -> Written:
     the class of each where they have one, ``manifest.json`` all that determines them.
     """
     options, subject = plan.options, plan.subject
+    _refuse_shards(plan.out)
     folder = prepare_out(plan.out, MANIFEST, (*ARRAYS, *PICTURES))
     subject.to(plan.machine.device)
     ids = torch.arange(options.count)
     progress.start(1 + options.trajectory)
     progress.now(f"{options.count} samples · {subject.name} · {plan.sde} · {spec_of(plan.solver)}")
     with one_thread_each():
-        drawn = plan.machine.draw(
-            subject.score_of(plan.sde, plan.condition),
-            subject.sdes[plan.sde],
-            plan.solver,
-            event_shape=subject.event_shape,
-            ids=ids,
-            steps=plan.steps,
-            seed=options.seed,
-            grid=None if plan.steps is None else options.grid,
-            denoise=options.denoise,
-            suggested=subject.suggested,
-        )
+        drawn = draw_ids(plan, ids)
         progress.done(1)
         files = ["samples.npy"]
-        write_array(folder / "samples.npy", _raw(subject, drawn.x))
+        write_array(folder / "samples.npy", raw_values(subject, drawn.x))
         labels = plan.condition.labels(ids, subject.num_classes)
         if labels is not None:
             write_array(folder / "labels.npy", labels)
@@ -153,10 +147,34 @@ def run(plan: SamplePlan, progress: Progress) -> Written:
             _write_trajectory(plan, folder)
             files += ["trajectory.npy", "trajectory.png"]
             progress.done(1)
-    _draw(plan, folder / "samples.png", drawn.x)
+    draw_picture(plan, folder / "samples.png", drawn.x)
     files += ["samples.png", MANIFEST]
     write_whole(folder / MANIFEST, json.dumps(_manifest(plan, drawn, files), indent=1) + "\n")
     return Written(folder, drawn, files)
+
+
+def draw_ids(plan: SamplePlan, ids: Tensor) -> Drawn:
+    """The samples with these ids (N,)."""
+    subject, options = plan.subject, plan.options
+    return plan.machine.draw(
+        subject.score_of(plan.sde, plan.condition),
+        subject.sdes[plan.sde],
+        plan.solver,
+        event_shape=subject.event_shape,
+        ids=ids,
+        steps=plan.steps,
+        seed=options.seed,
+        grid=None if plan.steps is None else options.grid,
+        denoise=options.denoise,
+        suggested=subject.suggested,
+    )
+
+
+def _refuse_shards(out: str) -> None:
+    """A large set is not written over by a small one."""
+    path = Path(out).expanduser()
+    if (path / SHARDS).is_dir():
+        raise ValueError(f"--out {str(path)!r} holds a set in shards; name another folder")
 
 
 def _write_trajectory(plan: SamplePlan, folder: Path) -> None:
@@ -194,7 +212,8 @@ def _telling(sde: SDE, times: Tensor, count: int) -> Tensor:
     return nearest.unique()
 
 
-def _draw(plan: SamplePlan, path: Path, x: Tensor) -> None:
+def draw_picture(plan: SamplePlan, path: Path, x: Tensor) -> None:
+    """The first samples, as images or points."""
     subject = plan.subject
     images = len(subject.event_shape) > 1
     title = f"{subject.name} · {plan.sde}, {plan.options.nfe} evaluations"
@@ -205,9 +224,10 @@ def _draw(plan: SamplePlan, path: Path, x: Tensor) -> None:
         return
     density = _density(plan)
     truth = None
-    if density is not None and isinstance(subject, ExactSubject):
-        label = plan.condition.label if plan.condition.law == "conditional" else None
-        own = label if isinstance(label, int) else None
+    whole, label = plan.condition.law == "whole", plan.condition.label
+    one = plan.condition.law == "conditional" and isinstance(label, int)
+    if isinstance(subject, ExactSubject) and (whole or one):
+        own = label if one and isinstance(label, int) else None
         truth, _ = subject.target.sample(600, plan.options.seed, own)
     panel = {f"{len(x):,} samples, {spec_of(plan.solver)}": x[:600]}
     samples_figure(path, [SampleGroup(title + condition, panel, truth, density)], columns=2)
@@ -243,7 +263,8 @@ def _density(plan: SamplePlan) -> Any:
     return None
 
 
-def _raw(subject: Subject, x: Tensor) -> Tensor:
+def raw_values(subject: Subject, x: Tensor) -> Tensor:
+    """Samples in the range of the data that the model was trained on."""
     if not isinstance(subject, ModelSubject):
         return x
     scaling = subject.judge.data.scaling
@@ -263,6 +284,12 @@ def write_array(path: Path, x: Tensor) -> None:
 
 
 def _manifest(plan: SamplePlan, drawn: Drawn, files: Sequence[str]) -> dict[str, Any]:
+    costs = {name: getattr(drawn, name) for name in ("nfe", "network_passes", "seconds")}
+    return {**describe(plan), **plain(costs), "files": list(files)}
+
+
+def describe(plan: SamplePlan) -> dict[str, Any]:
+    """What determines the samples, and where they are drawn; JSON-like."""
     subject, options = plan.subject, plan.options
     scaling = None
     if isinstance(subject, ModelSubject):
@@ -280,17 +307,13 @@ def _manifest(plan: SamplePlan, drawn: Drawn, files: Sequence[str]) -> dict[str,
             "steps": plan.steps,
             "grid": options.grid or subject.sdes[plan.sde].default_grid,
             "denoise": options.denoise,
-            "nfe": drawn.nfe,
-            "network_passes": drawn.network_passes,
-            "seconds": drawn.seconds,
             "guidance": plan.condition.guidance,
             "scale": plan.condition.scale,
             "label": plan.condition.label,
             "seed": options.seed,
-            "samples": len(drawn.x),
+            "samples": options.count,
             "event_shape": list(subject.event_shape),
             "data_range": scaling,
-            "files": list(files),
             "environment": environment(plan.machine.device),
         }
     )

@@ -12,7 +12,8 @@ from experiments.failures import guarded
 @guarded
 def interpolate(
     target: Annotated[
-        str | None, typer.Option(help="An exact target in the plane, or digits (the default).")
+        str | None,
+        typer.Option(help="An exact target in the plane or of images, or digits (the default)."),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Folder of a trained image model, or a shipped one's name.")

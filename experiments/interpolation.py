@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -205,8 +206,8 @@ def _ends(options: InterpolateOptions, subject: Subject) -> tuple[Tensor, Tensor
 def _draw(plan: InterpolatePlan, made: Interpolated) -> None:
     title = f"{plan.subject.name} · {plan.sde}, round trip RMS {made.rms:.1e}"
     path = made.folder / PICTURE
-    if isinstance(plan.subject, ModelSubject):
-        unit = plan.subject.judge.data.scaling.to_unit
+    if len(plan.subject.event_shape) > 1:
+        unit = _grey(plan)
         columns = [unit(plan.a), *(unit(x) for x in made.x)]
         names = ["data", *(str(c) for c in range(len(made.x)))]
         if not plan.options.classes:
@@ -227,6 +228,14 @@ def _draw(plan: InterpolatePlan, made: Interpolated) -> None:
                     *end.numpy(), "o", color=COLOURS[k % 7], markersize=8, markerfacecolor="none"
                 )
         _frame(plan, ax)
+
+
+def _grey(plan: InterpolatePlan) -> Callable[[Tensor], Tensor]:
+    """From samples to [0, 1]: by the data's scaling, or by the range of a target's samples."""
+    if isinstance(plan.subject, ModelSubject):
+        return plan.subject.judge.data.scaling.to_unit
+    low, high = float(plan.a.min()), float(plan.a.max())
+    return lambda x: (x - low) / max(high - low, 1e-12)
 
 
 def _frame(plan: InterpolatePlan, ax: Axes) -> None:

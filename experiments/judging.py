@@ -63,6 +63,13 @@ class Judge(ABC):
     def floor(self, cell: Cell, repeat: int) -> dict[str, float]:
         """The same of true samples, as many where there are as many; empty where there are none."""
 
+    def paired_metrics(self, distances: Tensor) -> dict[str, float]:
+        """Of the distances (paired,) to the fine ODE from the same noise."""
+        return {
+            "rms": float(distances.square().mean().sqrt()),
+            "median": float(distances.median()),
+        }
+
     @abstractmethod
     def law(self, cell: Cell) -> object:
         """Cells with the same law share their true samples and their floor."""
@@ -148,7 +155,7 @@ class ExactJudge(Judge):
             return target.sample(len(ids), seed)[0]
         if condition.law == "conditional":
             labels = condition.class_of(ids, target.num_classes)
-            x = torch.empty(len(ids), target.dimension)
+            x = torch.empty(len(ids), *target.event_shape)
             for label in range(target.num_classes):
                 chosen = torch.eq(labels, label)
                 count = int(chosen.sum())

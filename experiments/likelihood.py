@@ -221,7 +221,7 @@ def _condition(options: LikelihoodOptions, subject: Subject, labels: Tensor | No
     subject.check(condition)
     if labels is None:
         raise ValueError("--label own needs data with labels; give a class, or none")
-    return _Labelled(condition.guidance, condition.scale, "all", labels)
+    return _Labelled(condition.guidance, condition.scale, "all", own=labels)
 
 
 def _settings(
@@ -336,6 +336,8 @@ def _truth(plan: LikelihoodPlan, x: Tensor, ids: Tensor) -> Tensor | None:
     """The true log-density of clean data, where there is one law it could have."""
     subject, condition = plan.subject, plan.condition
     if not isinstance(subject, ExactSubject):
+        return None
+    if not subject.target.has_density:
         return None
     if condition.law == "whole":
         return subject.target.log_prob(x).cpu()

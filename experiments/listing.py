@@ -57,7 +57,7 @@ def target_table() -> Table:
         target = make()
         table.add_row(
             name,
-            f"({target.dimension},)",
+            str(target.event_shape),
             str(len(target.weights)),
             str(target.num_classes),
             _first_sentence(make),
@@ -75,6 +75,22 @@ def target_table() -> Table:
             f"scikit-learn's handwritten digits by shipped networks ({sdes}); trained by: "
             "sde-diffusion train digits",
         )
+    table.add_row(
+        "empirical:DATA",
+        "as the data",
+        "samples",
+        "as the data",
+        "The law of a data set's own samples, which it memorises: empirical:digits, "
+        "empirical:mnist5k, empirical:x.npy, empirical:FOLDER",
+    )
+    table.add_row(
+        "FILE.toml",
+        "–",
+        "–",
+        "–",
+        'A mixture\'s own numbers, or kind = "grid", "ring", "random", "empirical" '
+        "(docs/targets.md)",
+    )
     table.caption = Text(
         "All but digits are Gaussian mixtures (parts: components): scores, classes and samples are "
         "exact. Your own data: sde-diffusion train DATA, then --model FOLDER.",

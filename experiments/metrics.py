@@ -7,14 +7,16 @@ sets of true samples.
 
 Where POT and torchmetrics do it, they do it: exact Wasserstein, Fréchet. Sliced Wasserstein takes
 POT's projections but sorts with NumPy: POT's general one-dimensional solver needs 50 ms for 2,000
-samples and 128 projections, sorting 2 ms (equal sample sizes make the two the same number).
+samples and 128 projections, sorting 2 ms. Nothing of size (N, M) is kept: 20,000 samples against
+20,000 in the plane take about a second and 30 MiB for the energy distance, 0.1 s and 60 MiB for the
+sliced one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -23,8 +25,8 @@ from torch import Tensor
 
 from sde_diffusion.errors import require_count, unknown_name
 
-BLOCK = 1024  # rows per tile of a distance matrix: 8 MiB in float64, stays in cache
-NARROW = 64  # widest event whose distances are left to one thread
+BLOCK = 512  # rows per tile of a distance matrix: 2 MiB in float64, stays in a core's cache
+WORTH_THREADS = 64  # tiles that make up for starting threads
 PROJECTIONS = 128
 W2_SAMPLES = 500
 
@@ -45,6 +47,11 @@ METRICS: dict[str, MetricInfo] = {
     "median": MetricInfo("Median distance to the fine solution", "units of x"),
     "frechet": MetricInfo("Fréchet distance", "features squared"),
     "error": MetricInfo("ODE: RMS distance to the fine solution", "SDE: |mean log p − true|, nats"),
+    "posterior": MetricInfo("Posterior of the class", "probability", lower_is_better=False),
+    "variance": MetricInfo("Variance within classes", "real data is 1", lower_is_better=False),
+    "recall": MetricInfo("Recall", "share of real data", lower_is_better=False),
+    "saturation": MetricInfo("Saturation", "share beyond the range"),
+    "relative": MetricInfo("Error against the fine ODE", "deviations of the data"),
     "accuracy": MetricInfo("Label accuracy", "fraction", lower_is_better=False),
 }
 SET_METRICS = ("energy", "sliced_w2", "w2")
@@ -78,10 +85,6 @@ def sliced_w2(
     """
     a, b = (s.numpy() for s in _pair(x, y))
     directions = _directions(a.shape[1], projections, seed)
-    if len(a) != len(b):
-        from ot import sliced_wasserstein_distance
-
-        return float(sliced_wasserstein_distance(a, b, projections=directions))
     return _sorted_w2(_sorted_projections(a, directions), _sorted_projections(b, directions))
 
 
@@ -246,7 +249,7 @@ class Reference:
             return 2 * _mean_distance(a, b) - _spread(a, unbiased=False) - self._spread
         if name == "w2":
             return w2(a, b, samples=self._w2_samples)
-        if len(a) != len(b) or self._sorted is None:
+        if self._sorted is None:
             return sliced_w2(a, b, projections=self._directions)
         return _sorted_w2(_sorted_projections(a.numpy(), self._directions), self._sorted)
 
@@ -283,12 +286,10 @@ def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean_distance(a: Tensor, b: Tensor) -> float:
-    total = 0.0
-    with _threads_for(a):
-        for rows in a.split(BLOCK):
-            for columns in b.split(BLOCK):
-                total += float(torch.cdist(rows, columns).sum())
-    return total / (len(a) * len(b))
+    if a.shape[1] == 1:
+        return _sorted_distances(a[:, 0], b[:, 0]) / (len(a) * len(b))
+    columns = b.split(BLOCK)
+    return _distances([(x, y) for x in a.split(BLOCK) for y in columns]) / (len(a) * len(b))
 
 
 def _spread(a: Tensor, unbiased: bool) -> float:
@@ -296,35 +297,51 @@ def _spread(a: Tensor, unbiased: bool) -> float:
     n = len(a)
     if unbiased and n < 2:
         raise ValueError("an unbiased energy distance needs at least 2 samples of each, got 1")
-    tiles, total = a.split(BLOCK), 0.0
-    with _threads_for(a):
-        for i, rows in enumerate(tiles):
-            for columns in tiles[i:]:
-                distances = torch.cdist(rows, columns)
-                if rows is columns:
-                    distances.fill_diagonal_(0)  # exactly, whatever rounding left there
-                    total += float(distances.sum())
-                else:
-                    total += 2 * float(distances.sum())
+    if a.shape[1] == 1:
+        # In order, the i-th of n is the larger one of i pairs and the smaller one of n - 1 - i.
+        ordered = a[:, 0].sort().values
+        ranks = torch.arange(n, dtype=torch.float64)
+        total = 2 * float((2 * ranks - (n - 1)) @ (ordered - ordered.mean()))
+    else:
+        tiles = a.split(BLOCK)
+        pairs = [(x, y) for i, x in enumerate(tiles) for y in tiles[i + 1 :]]
+        total = _distances([(x, x) for x in tiles]) + 2 * _distances(pairs)
     return total / (n * (n - 1) if unbiased else n * n)
 
 
-@contextmanager
-def _threads_for(a: Tensor) -> Iterator[None]:
-    """One thread for few narrow events.
+def _sorted_distances(a: Tensor, b: Tensor) -> float:
+    """The sum of |a_i - b_j| over all pairs of numbers, (N,) and (M,), in N log M operations."""
+    centre = b.mean()
+    b = (b - centre).sort().values
+    a = a - centre
+    below = torch.searchsorted(b, a)
+    sums = torch.cat([b.new_zeros(1), b.cumsum(0)])
+    return float((a * (2 * below - len(b)) + sums[-1] - 2 * sums[below]).sum())
 
-    A tile takes a millisecond, and waiting for a second thread on a busy machine takes many
-    (measured on two cores: 58 against 172 ms of processor time per row).
+
+def _distances(tiles: list[tuple[Tensor, Tensor]]) -> float:
+    """The sum of all distances in pairs of blocks.
+
+    Torch on one thread, and as many tiles at a time as it had threads: a tile takes a millisecond,
+    and two threads in one tile wait for each other for many on a busy machine. Summed without
+    rounding, so that how it was done changes nothing.
     """
-    before = torch.get_num_threads()
-    if a.shape[1] > NARROW or len(a) > 4 * BLOCK or before == 1:
-        yield
-        return
+    threads = torch.get_num_threads()
+    if threads > 1 and len(tiles) >= WORTH_THREADS:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return math.fsum(pool.map(_tile, tiles))
     torch.set_num_threads(1)
     try:
-        yield
+        return math.fsum(map(_tile, tiles))
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
+
+
+def _tile(pair: tuple[Tensor, Tensor]) -> float:
+    distances = torch.cdist(*pair)
+    if pair[0] is pair[1]:
+        distances.fill_diagonal_(0)  # exactly, whatever rounding left there
+    return float(distances.sum())
 
 
 def _directions(width: int, projections: int | np.ndarray, seed: int) -> np.ndarray:
@@ -341,4 +358,11 @@ def _sorted_projections(samples: np.ndarray, directions: np.ndarray) -> np.ndarr
 
 
 def _sorted_w2(a: np.ndarray, b: np.ndarray) -> float:
-    return math.sqrt(float(np.mean((a - b) ** 2)))
+    """Of sorted projections (P, N) and (P, M): quantile functions are steps, so that their
+    difference changes at multiples of 1/N and of 1/M only."""
+    n, m = a.shape[1], b.shape[1]
+    if n == m:
+        return math.sqrt(float(np.mean((a - b) ** 2)))
+    ends = np.union1d(np.arange(1, n + 1) * m, np.arange(1, m + 1) * n)  # in units of 1 / (N M)
+    apart = (a[:, (ends - 1) // m] - b[:, (ends - 1) // n]) ** 2
+    return math.sqrt(float(np.mean(apart @ np.diff(ends, prepend=0))) / (n * m))

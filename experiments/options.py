@@ -56,3 +56,29 @@ def numbers(option: str, texts: list[str] | None) -> list[float]:
 
 def parts(texts: list[str] | None) -> list[str]:
     return [part.strip() for text in texts or [] for part in text.split(",")]
+
+
+def given_names(context: typer.Context) -> set[str]:
+    """The options that were typed, by the names of their parameters."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
+def intervals(option: str, texts: list[str] | None) -> list[tuple[float, float] | None]:
+    """``low:high`` in sigma/alpha, or ``full``: everywhere."""
+    found: list[tuple[float, float] | None] = []
+    for text in parts(texts):
+        if text == "full":
+            found.append(None)
+            continue
+        try:
+            low, high = (float(end) for end in text.split(":"))
+        except ValueError:
+            low, high = 0.0, 0.0
+        if not 0 <= low < high:
+            raise ValueError(
+                f"{option} must be low:high in sigma/alpha with 0 <= low < high, or full, as in "
+                f"{option} full,0.3:3; got {text!r}"
+            )
+        found.append((low, high))
+    return found

@@ -53,7 +53,8 @@ def samples_figure(
     """Write one panel per sampler: scatter, histogram or image grid, as the samples' shape asks.
 
     Events ``()`` and ``(1,)``: histogram; ``(2,)``: scatter over the true density; ``(D,)``:
-    two-dimensional histogram of the first two numbers; ``(H, W)`` and ``(C, H, W)``: images.
+    two-dimensional histogram in the plane in which true samples vary most; ``(H, W)`` and
+    ``(C, H, W)``: images.
 
     Args:
         path: the PNG to write.
@@ -128,6 +129,7 @@ def strip_figure(
         columns = min(columns, 6)  # axes with numbers need the room
     chosen = sorted({round(i * last / max(columns - 1, 1)) for i in range(columns)})
     states = [_cpu(trajectory[i]) for i in chosen]
+    plane = _Plane.of(states[-1])
     down = min(rows, len(states[0])) if images else 1
     side = WIDTH / max(len(chosen), 4)
     with picture(path, height=0.3 + side * down + (0.0 if images else 0.05)) as figure:
@@ -136,7 +138,7 @@ def strip_figure(
             axes[0, j].set_title(f"t = {moments[index]:.3g}", fontsize=8, pad=3)
             if not images:
                 ends = density if index == last else None
-                _Frame(state).draw(axes[0, j], state, ends, counted=False)
+                _Frame(state, plane).draw(axes[0, j], state, ends, counted=False)
                 axes[0, j].tick_params(labelsize=6.5)
                 continue
             frame = _Frame(state)
@@ -144,18 +146,50 @@ def strip_figure(
                 frame.draw(axes[i, j], state[i : i + 1], None)
 
 
+@dataclass(frozen=True)
+class _Plane:
+    """Where vectors of more than two numbers are seen from.
+
+    Attributes:
+        centre: (D,) mean of some samples.
+        axes: (D, 2), the directions in which they vary most; the largest entry is positive.
+    """
+
+    centre: Tensor
+    axes: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Plane | None:
+        """Of samples (N, D); None where there is nothing to choose."""
+        if x.ndim != 2 or x.shape[1] < 3:
+            return None
+        flat = x.double()
+        centred = flat - flat.mean(0)
+        _, axes = torch.linalg.eigh(centred.T @ centred)
+        axes = axes[:, [-1, -2]]
+        largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
+        return cls(flat.mean(0), axes * largest.sign())
+
+    def seen(self, x: Tensor) -> Tensor:
+        """(N, D) -> (N, 2)."""
+        return (x.double() - self.centre) @ self.axes
+
+
 class _Frame:
     """The axes or grey scale that all panels of one target share."""
 
-    def __init__(self, truth: Tensor | None) -> None:
+    def __init__(self, truth: Tensor | None, plane: _Plane | None = None) -> None:
         self.low, self.high = np.zeros(2), np.ones(2)
+        self.plane = plane
         if truth is None:
             return
         x = _cpu(truth)
         if x.ndim > 2:
             self.low, self.high = np.quantile(x.numpy(), (0.001, 0.999))
             return
-        flat = x.reshape(len(x), -1)[:, :2].double().numpy()
+        self.plane = plane or _Plane.of(x)
+        seen = x.reshape(len(x), -1) if self.plane is None else self.plane.seen(x)
+        flat = seen.double().numpy()
         low, high = np.quantile(flat, (0.002, 0.998), axis=0)
         centre = (low + high) / 2
         # Square panels: one number on both axes has one length.
@@ -175,7 +209,7 @@ class _Frame:
         elif x.shape[1] == 2:
             self._scatter(ax, x, density, counted)
         else:
-            self._first_two(ax, x)
+            self._projected(ax, x)
 
     def _images(self, ax: Axes, x: Tensor) -> None:
         span = max(float(self.high - self.low), 1e-12)
@@ -195,11 +229,13 @@ class _Frame:
         if counted and outside >= 0.005:
             _corner(ax, f"{outside:.0%} outside")
 
-    def _first_two(self, ax: Axes, x: Tensor) -> None:
+    def _projected(self, ax: Axes, x: Tensor) -> None:
+        plane = self.plane or _Plane.of(x)
+        if plane is None:
+            raise ValueError(f"events of shape {tuple(x.shape[1:])} cannot be drawn")
         box = [[float(self.low[i]), float(self.high[i])] for i in (0, 1)]
-        counts, _, _ = np.histogram2d(
-            x[:, 0].double().numpy(), x[:, 1].double().numpy(), bins=48, range=box
-        )
+        first, second = plane.seen(x).T.numpy()
+        counts, _, _ = np.histogram2d(first, second, bins=48, range=box)
         ax.imshow(
             np.sqrt(counts.T),
             origin="lower",
@@ -208,7 +244,7 @@ class _Frame:
             aspect="auto",
         )
         self._square(ax)
-        _corner(ax, f"x₁, x₂ of {x.shape[1]}")
+        _corner(ax, f"{x.shape[1]}-D, projected")
 
     def _histogram(self, ax: Axes, x: Tensor, density: Density | None) -> None:
         low, high = float(self.low[0]), float(self.high[0])

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from experiments.budget import measured_nfe, steps_for_budget
-from experiments.cells import Kind, Task, cell_key
-from experiments.conditions import make_conditions
+from experiments.cells import Judging, Kind, Task, cell_key
+from experiments.conditions import Condition, make_conditions
 from experiments.draw import make_machine
 from experiments.folders import default_out
 from experiments.judging import Cell, Judge
@@ -24,13 +24,16 @@ from solvers import Integrator, ProbabilityFlow, Solver, grids
 
 SOLVERS = ("ancestral", "euler_maruyama", "predictor_corrector", "probability_flow")
 BUDGETS = (10, 20, 50, 100)
-EXACT_SAMPLES, MODEL_SAMPLES = 2000, 100
-_WEIGHTS = {True: 1.0, False: 60.0}  # of one evaluation of one sample, exact or network: progress
+EXACT_SAMPLES, LARGE_SAMPLES, MODEL_SAMPLES = 2000, 400, 100
+_LARGE = 20_000  # numbers in a mixture's means from which its score takes as long as a network
+# Work of one evaluation of one sample, for progress: of a network; of a mixture 1, and so much more
+# for each number in its means (digits, 115,000 numbers: 22 microseconds against half a one).
+_OF_NETWORK, _OF_NUMBER = 60.0, 4e-4
 _WORTH_PROCESSES = 8e6  # such units, some seconds of work, make up for starting processes
 # Options that say how a run is computed, and change no figure.
-_HOW = (
+HOW = (
     *("out", "batch_size", "device", "jobs", "scheduler", "cell_timeout", "force"),
-    *("until_resolved", "budget_seconds", "max_repeats"),
+    *("throughput", "until_resolved", "budget_seconds", "max_repeats"),
 )
 
 
@@ -62,6 +65,7 @@ class CompareOptions:
     until_resolved: bool = False
     budget_seconds: float | None = None
     max_repeats: int | None = None
+    throughput: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,8 @@ class Plan:
     pool: Pool
     out: str
     samples: dict[str, int]
+    judging: Judging = "distance"
+    experiment: str = "compare"
     repeats: dict[Column, int] = field(default_factory=dict)  # where not ``options.repeats``
 
     def repeats_of(self, planned: PlannedCell) -> int:
@@ -143,6 +149,8 @@ class Plan:
             "samples": self.samples[subject.name],
         }
         device = torch.device(options.device).type
+        if self.judging != "distance":
+            more["judging"] = self.judging
         # The floor of a law is the same whatever sampled it.
         solver = ProbabilityFlow("rk4") if kind == "floor" else cell.solver
         key = cell_key(
@@ -159,6 +167,7 @@ class Plan:
             device=options.device,
             batch_size=options.batch_size,
             seconds=options.cell_timeout,
+            judging=self.judging,
             **numbers,
         )
 
@@ -170,30 +179,42 @@ def make_plan(options: CompareOptions) -> Plan:
         ValueError, TypeError: whatever is wrong with the options, before any work.
     """
     targets = options.targets or (() if options.models else ("ring", "digits"))
-    solvers = _different([parse_solver(text) for text in options.solvers])
+    solvers = different([parse_solver(text) for text in options.solvers])
     if not solvers or not options.budgets:
         raise ValueError("--solver and --nfe need at least one value each")
-    _check_numbers(options)
+    check_numbers(options)
     make_conditions(options.guidances, options.scales, options.label)
     workers = make_machine(options.device, options.batch_size).workers
     sources = SubjectOptions(
         tuple(targets), tuple(options.models), tuple(options.sdes), options.data
     )
     subjects = make_subjects(sources)
-    cells = [planned for subject in subjects for planned in _cells_of(subject, solvers, options)]
-    samples = {
-        subject.name: options.samples
-        or (EXACT_SAMPLES if isinstance(subject, ExactSubject) else MODEL_SAMPLES)
+    cells = [
+        planned
         for subject in subjects
-    }
-    config = {name: value for name, value in asdict(options).items() if name not in _HOW}
+        for planned in cells_of(subject, _conditions(subject, options), solvers, options)
+    ]
+    samples = {subject.name: options.samples or samples_of(subject) for subject in subjects}
+    config = {name: value for name, value in asdict(options).items() if name not in HOW}
     out = options.out or default_out("compare", [s.name for s in subjects], config)
     plan = Plan(options, sources, subjects, cells, Pool(), out, samples)
-    plan.pool = Pool(_jobs(plan), workers, options.scheduler)
+    plan.pool = Pool(jobs_of(plan), workers, options.scheduler)
     return plan
 
 
-def _check_numbers(options: CompareOptions) -> None:
+def _conditions(subject: Subject, options: CompareOptions) -> list[Condition]:
+    return make_conditions(options.guidances, options.scales, options.label, subject.unguided)
+
+
+def samples_of(subject: Subject) -> int:
+    """Samples in a repeat where none are asked for."""
+    if not isinstance(subject, ExactSubject):
+        return MODEL_SAMPLES
+    return LARGE_SAMPLES if subject.target.means.numel() > _LARGE else EXACT_SAMPLES
+
+
+def check_numbers(options: CompareOptions) -> None:
+    """Raise ValueError for a number that is out of its range."""
     for budget in options.budgets:
         require_count("--nfe", budget)
     require_count("--seed", options.seed, least=0)
@@ -204,6 +225,11 @@ def _check_numbers(options: CompareOptions) -> None:
         require_count("--batch-size", options.batch_size)
     if options.jobs is not None:
         require_count("--jobs", options.jobs)
+    if options.throughput and options.scheduler is not None:
+        raise ValueError(
+            f"--throughput measures this machine, and --scheduler {options.scheduler} samples on "
+            "others; leave one of them out"
+        )
     if options.cell_timeout is not None:
         require_finite("--cell-timeout", options.cell_timeout, above=0.0)
     _check_resolving(options)
@@ -220,14 +246,20 @@ def _check_resolving(options: CompareOptions) -> None:
         require_count("--max-repeats", options.max_repeats, least=options.repeats)
 
 
-def _cells_of(
-    subject: Subject, solvers: Sequence[Solver | Integrator], options: CompareOptions
+def cells_of(
+    subject: Subject,
+    conditions: Sequence[Condition],
+    solvers: Sequence[Solver | Integrator],
+    options: CompareOptions,
 ) -> Iterator[PlannedCell]:
+    """Every condition × SDE × solver × number of evaluations.
+
+    Raises:
+        ValueError: a condition that the subject cannot have, a budget too small for a solver.
+    """
     budgets = sorted(set(options.budgets))
     steps = {(s, b): steps_within(s, b, options.denoise) for s in solvers for b in budgets}
-    for condition in make_conditions(
-        options.guidances, options.scales, options.label, subject.unguided
-    ):
+    for condition in conditions:
         subject.check(condition)
         for sde, process in subject.sdes.items():
             if options.grid is not None:
@@ -241,7 +273,7 @@ def _cells_of(
                     yield PlannedCell(subject, cell, budget, steps[solver, budget])
 
 
-def _jobs(plan: Plan) -> int:
+def jobs_of(plan: Plan) -> int:
     """As many processes as cores, where there is enough to do for them."""
     options = plan.options
     if options.jobs is not None:
@@ -274,7 +306,8 @@ def steps_within(solver: Solver | Integrator, budget: int, denoise: bool) -> int
         ) from None
 
 
-def _different(solvers: Sequence[Any]) -> list[Any]:
+def different(solvers: Sequence[Any]) -> list[Any]:
+    """Without repetitions."""
     found: list[Any] = []
     for solver in solvers:
         if solver not in found:
@@ -284,10 +317,16 @@ def _different(solvers: Sequence[Any]) -> list[Any]:
 
 def work_of(plan: Plan, planned: PlannedCell) -> float:
     """Of one repeat."""
-    weight = _WEIGHTS[isinstance(planned.subject, ExactSubject)]
+    weight = _weight(planned.subject)
     return weight * plan.samples[planned.subject.name] * (planned.budget or 100)
 
 
 def task_work(plan: Plan, task: Task) -> float:
-    exact = any(s.name == task.subject and isinstance(s, ExactSubject) for s in plan.subjects)
-    return _WEIGHTS[exact] * task.samples * (task.budget or 100)
+    (subject,) = (s for s in plan.subjects if s.name == task.subject)
+    return _weight(subject) * task.samples * (task.budget or 100)
+
+
+def _weight(subject: Subject) -> float:
+    if not isinstance(subject, ExactSubject):
+        return _OF_NETWORK
+    return 1 + _OF_NUMBER * subject.target.means.numel()

@@ -15,7 +15,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from experiments.asymptotics import ErrorLaw
 from experiments.canvas import GREY, Look, in_order, picture
+from experiments.law_pictures import draw_law, hollow, law_text, shade_region
 from experiments.metrics import METRICS, MetricInfo
 from experiments.slopes import Slope, fit_slope
 
@@ -72,6 +74,7 @@ def error_vs_steps(
     *,
     metric: str = "rms",
     rounding: float = 0.0,
+    laws: Mapping[tuple[str, str, str], ErrorLaw] | None = None,
 ) -> None:
     """Error against step count, with the fitted order of each sampler in the panel's legend.
 
@@ -81,6 +84,8 @@ def error_vs_steps(
         metric: whose value is the error.
         rounding: error below which only rounding is measured; such grids are not fitted. A row's
             own ``error_floor`` may be higher.
+        laws: (target, SDE, sampler) -> its law, drawn with its band instead of a fitted line; grids
+            outside its region are hollow, and the region of all samplers is shaded.
     Raises:
         ValueError: no row can be drawn.
     """
@@ -94,16 +99,22 @@ def error_vs_steps(
                 ax = grid[i, j]
                 here = [r for r in drawn if (r["target"], r["sde"]) == (target, sde)]
                 entries: list[tuple[Line2D, str]] = []
+                known: list[ErrorLaw] = []
                 for k, solver in enumerate(solvers):
                     line = [r for r in here if row_label(r, drawn) == solver]
                     if not line:
                         continue
                     x, y, _ = _draw(ax, line, "steps", metric, Look(k), joined=False)
+                    law = (laws or {}).get((target, sde, solver))
+                    if law is not None:
+                        known.append(law)
+                        draw_law(ax, law, Look(k), list(x))
+                        hollow(ax, law, Look(k), x, y)
+                        entries.append((_handle(Look(k)), f"{solver}: {law_text(law)}"))
+                        continue
                     floor = max([rounding, *(r.get("error_floor") or 0.0 for r in line)])
                     slope = fit_slope([int(n) for n in x], list(y), floor=floor)
-                    handle = Line2D(
-                        [], [], color=Look(k).colour, marker=Look(k).marker, markersize=5
-                    )
+                    handle = _handle(Look(k))
                     if slope is None:
                         entries.append((handle, solver))
                         continue
@@ -112,12 +123,13 @@ def error_vs_steps(
                     ax.plot(ends[1:], fit[1:], color=Look(k).colour, linewidth=1.4)
                     ax.plot(ends[:2], fit[:2], color=Look(k).colour, linewidth=0.8, dashes=(3, 2))
                     entries.append((handle, f"{solver}: {_order(slope)}"))
+                shade_region(ax, known)
                 _finish(ax, here, "steps", METRICS.get(metric))
                 ax.set_title(f"{target} · {_sde_name(sde)}", loc="left")
                 if entries:
                     ax.legend(
                         *zip(*entries, strict=True),
-                        title="fitted order",
+                        title="fitted order (95 %)" if known else "fitted order",
                         title_fontsize=8.5,
                         fontsize=8.5,
                         loc="upper left",
@@ -214,6 +226,10 @@ def _quality(
         figure.supxlabel(
             "Bars and band: ± 1 standard error over repetitions.", fontsize=8, color=GREY
         )
+
+
+def _handle(look: Look) -> Line2D:
+    return Line2D([], [], color=look.colour, marker=look.marker, markersize=5)
 
 
 def _shared_legend(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:

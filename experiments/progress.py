@@ -12,7 +12,7 @@ from experiments.tables import make_console
 class ProgressBar:
     """What is being done now, how much is done, and how long the rest will take."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, shown: bool = True) -> None:
         console = make_console(error=True)
         self._bar = Progress(
             BarColumn(bar_width=24),
@@ -21,7 +21,7 @@ class ProgressBar:
             TextColumn("{task.description}"),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=not (shown and console.is_terminal),
         )
         self._task = self._bar.add_task("starting", total=None)
 

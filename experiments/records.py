@@ -33,7 +33,8 @@ class Record:
         budget: evaluations asked for; None where the solver chooses its own steps.
         steps, nfe, network_passes: steps, and evaluations and passes measured, per sample.
         grid, denoise, seed, repeat, samples: as asked for; ``samples`` in this repeat.
-        seconds: wall time of sampling, ``judging_seconds`` of its metrics.
+        seconds: wall time of sampling, ``judging_seconds`` of its metrics,
+            with the references that were made for it.
         peak_bytes: most memory in use while sampling, beyond what was in use before; None where it
             cannot be known.
         batch_size: samples at a time; smaller than asked for where memory was short.
@@ -72,6 +73,8 @@ class Record:
     status: str = OK
     error: str = ""
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    interval_low: float | None = None
+    interval_high: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-like values."""
@@ -110,6 +113,7 @@ def write_table(path: Path, records: Iterable[Record]) -> None:
     text, number, whole = pa.string(), pa.float64(), pa.int64()
     types = {
         **dict.fromkeys(("nfe", "network_passes", "seconds", "judging_seconds", "scale"), number),
+        **dict.fromkeys(("interval_low", "interval_high"), number),
         **dict.fromkeys(("budget", "steps", "seed", "repeat", "samples"), whole),
         **dict.fromkeys(("batch_size", "peak_bytes"), whole),
         "denoise": pa.bool_(),

@@ -160,14 +160,14 @@ class _Truth:
                 law.score_fn(sde),
                 sde,
                 self.settings.solver,
-                shape=(plan.samples, target.dimension),
+                shape=(plan.samples, *target.event_shape),
                 steps=self.settings.steps,
                 seed=self.settings.seed,
                 denoise=True,
                 device=plan.device,
             )
             return Restored(done.x.cpu(), done.nfe, done.network_passes, done.stats["seconds"])
-        y = self.y.repeat(plan.samples, 1).to(plan.device)
+        y = self.y.expand(plan.samples, *self.y.shape[1:]).to(plan.device)
         return restore(
             name,
             target.score_fn(sde),

@@ -6,6 +6,7 @@ rows that were finished. ``results.schema.json`` beside this module says what is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,7 +15,7 @@ import platform
 import shlex
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata, resources
 from pathlib import Path
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 
 from experiments.estimates import Estimate
+from sde_diffusion.storage import CheckpointError
 
 SCHEMA_VERSION = 2  # 2: rows of compare name their cells; all that 1 had is as it was
 RESULTS = "results.json"
@@ -120,6 +122,21 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
+class WriteError(OSError):
+    """A file of a run that cannot be written, as on a full disk: which, and why."""
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What is wrong with writing ``path`` as a `WriteError` that names it."""
+    try:
+        yield
+    except (OSError, CheckpointError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        reason = getattr(cause, "strerror", None) or error
+        raise WriteError(f"cannot write {str(path)!r} ({reason})") from error
+
+
 class RunFolder:
     """Collects the rows and the floor of one run and keeps results.json up to date.
 
@@ -147,6 +164,7 @@ class RunFolder:
         self.path = check_writable(path)
         self.rows: list[dict[str, Any]] = []
         self.floor: dict[str, Mapping[str, Estimate]] = {}
+        self.timing: dict[str, Any] = {}
         self.status = "running"
         self._head: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -169,10 +187,9 @@ class RunFolder:
 
     def write(self) -> None:
         """Write results.json as it now stands."""
-        write_whole(
-            self.path / RESULTS,
-            json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-        )
+        text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        with naming(self.path / RESULTS):
+            write_whole(self.path / RESULTS, text + "\n")
 
     def as_dict(self) -> dict[str, Any]:
         """All that results.json holds."""
@@ -180,7 +197,8 @@ class RunFolder:
             target: {name: _plain_estimate(found) for name, found in metrics.items()}
             for target, metrics in self.floor.items()
         }
-        return {**self._head, "status": self.status, "floor": floor, "rows": self.rows}
+        timing = {"timing": plain(self.timing)} if self.timing else {}
+        return {**self._head, "status": self.status, **timing, "floor": floor, "rows": self.rows}
 
     def __enter__(self) -> RunFolder:
         return self
@@ -195,11 +213,12 @@ class RunFolder:
             self.status = "finished"
         else:
             self.status = "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
-        self.write()
+        with contextlib.suppress(*[] if kind is None else [WriteError]):  # not over what came first
+            self.write()
 
 
 def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The results of a run folder, or of a results.json.
+    """The results of a run folder, or of a results.json, older schemas' as this one's.
 
     Raises:
         ValueError: there is none, it is not JSON, or its schema is newer than this program's.
@@ -225,7 +244,24 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{str(file)!r} has schema version {version}, this program reads up to "
             f"{SCHEMA_VERSION}; update sde-diffusion"
         )
-    return results
+    return _upgraded(results) if version < SCHEMA_VERSION else results
+
+
+# What rows of compare have since version 2, and what it says of a row that was written before.
+_SINCE_2: dict[str, Any] = {
+    "cells": [],
+    "status": "ok",
+    "error": "",
+    "peak_bytes": None,
+    "batch_size": None,
+}
+
+
+def _upgraded(results: dict[str, Any]) -> dict[str, Any]:
+    """Results of an older schema as this program writes them; the file stays as it is."""
+    compared = results.get("experiment") == "compare"
+    rows = [{**(_SINCE_2 if compared else {}), **row} for row in results.get("rows", [])]
+    return {**results, "schema_version": SCHEMA_VERSION, "rows": rows}
 
 
 def results_schema() -> dict[str, Any]:

@@ -6,6 +6,10 @@
   exact density at ``t_min`` and ``X_true`` exact samples of it. It has a floor, the standard error
   of that mean; only points three times above it are fitted.
 
+The order has a 95 % interval by the bootstrap over samples (256 pairs; the log densities of the
+others), and holds in the asymptotic region that `experiments.asymptotics` finds; from there the
+evaluations for a wanted error follow.
+
 The grid is uniform in log-SNR by default: in t, VP and its kin need many hundred steps before
 errors fall as they will in the limit.
 """
@@ -17,21 +21,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.asymptotics import ErrorLaw, Needed, fit_law
 from experiments.compare import Interrupted, Progress
 from experiments.conditions import Condition
 from experiments.draw import Drawn, Machine, make_machine, one_thread_each
 from experiments.estimates import Estimate, estimate
 from experiments.folders import default_out, prepare_out
-from experiments.metrics import rms_distance
-from experiments.results import Row, RunFolder
+from experiments.metrics import paired_distances
+from experiments.results import Row, RunFolder, plain
 from experiments.slopes import Slope, fit_slope
 from experiments.spec import parse_solver, spec_of
 from experiments.subjects import ExactSubject, Subject, SubjectOptions, make_subjects
 from sde_diffusion import NonFiniteError
-from sde_diffusion.errors import require_count
+from sde_diffusion.errors import require_count, require_finite
 from solvers import Integrator, ProbabilityFlow, Solver, grids
 from solvers.catalogue import name_of, settings_of
 
@@ -48,7 +54,9 @@ ROUNDING = 1e-12  # of a fine solution in float64
 _FINER = 2  # steps of the fine solution, times the most steps that are judged
 _PAIRED = 256  # samples that a deterministic solver is judged by
 _TRUE = 200_000  # true samples that a mean log density is taken of
-_TRUTH_SEED = 0x5EED_0003
+_TRUTH_SEED, _BOOTSTRAP_SEED = 0x5EED_0003, 0x5EED_0004
+_REPLICATES = 400
+_GROUP = 100  # samples whose mean log density is resampled as one
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class StepsOptions:
     repeats: int = 3
     seed: int = 0
     grid: str = "log_snr"
+    wanted: Sequence[float] = ()
     batch_size: int | None = None
     device: str = "cpu"
     out: str | None = None
@@ -90,6 +99,8 @@ class Fitted:
     slope: Slope | None
     errors: dict[int, Estimate]
     floor: float
+    law: ErrorLaw | None = None
+    needed: tuple[Needed, ...] = ()
 
 
 def make_plan(options: StepsOptions) -> StepsPlan:
@@ -102,6 +113,8 @@ def make_plan(options: StepsOptions) -> StepsPlan:
         require_count("--steps", count)
     if len(set(options.counts)) < 2:
         raise ValueError("--steps needs at least two different numbers, to see how errors fall")
+    for wanted in options.wanted:
+        require_finite("--wanted", wanted, above=0.0)
     require_count("--samples", options.samples, least=2)
     require_count("--repeats", options.repeats)
     require_count("--seed", options.seed, least=0)
@@ -152,14 +165,17 @@ def run(plan: StepsPlan, progress: Progress) -> tuple[RunFolder, list[Fitted]]:
             for sde in plan.subject.sdes:
                 bench = _Bench(plan, sde)
                 for solver in plan.solvers:
-                    errors: dict[int, Estimate] = {}
+                    measured: dict[int, _Measured] = {}
                     for count in counts:
                         where = f"{sde} · {spec_of(solver)} · {count} steps"
                         progress.now(where)
-                        drawn, errors[count] = bench.error(solver, count)
-                        folder.add(_row(plan, sde, solver, count, drawn, errors[count], bench))
+                        measured[count] = found = bench.error(solver, count)
+                        folder.add(_row(plan, sde, solver, count, found.drawn, found.error, bench))
                         progress.done(count)
-                    fitted.append(bench.fit(solver, errors))
+                    fitted.append(bench.fit(solver, measured))
+                    for row in folder.rows[-len(counts) :]:
+                        row["law"] = plain(_law(fitted[-1], options.wanted))
+                    folder.write()
     except KeyboardInterrupt:
         rows = f"{len(folder.rows)} rows are kept in {folder.path}/results.json"
         raise Interrupted(f"interrupted at {where}; {rows}") from None
@@ -167,6 +183,15 @@ def run(plan: StepsPlan, progress: Progress) -> tuple[RunFolder, list[Fitted]]:
         rows = f"{len(folder.rows)} rows are kept in {folder.path}/results.json"
         raise NonFiniteError(f"{where}: {error}; {rows}", error.step, error.time) from error
     return folder, fitted
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Samples at one number of steps, their error, and the error's bootstrap replicates (R,)."""
+
+    drawn: Drawn
+    error: Estimate
+    replicates: np.ndarray
 
 
 class _Bench:
@@ -178,7 +203,7 @@ class _Bench:
         self._fine: Tensor | None = None
         self._truth: tuple[float, float] | None = None
 
-    def error(self, solver: Solver | Integrator, count: int) -> tuple[Drawn, Estimate]:
+    def error(self, solver: Solver | Integrator, count: int) -> _Measured:
         """The solver's samples at a number of steps, and their error."""
         options = self.plan.options
         if not solver.stochastic:
@@ -186,13 +211,21 @@ class _Bench:
                 steps = max(_FINER * max(options.counts), 256)
                 self._fine = self._draw(ProbabilityFlow("rk4"), steps, _PAIRED).x
             drawn = self._draw(solver, count, _PAIRED)
-            return drawn, Estimate(rms_distance(drawn.x, self._fine))
+            squares = paired_distances(drawn.x, self._fine).square().double().numpy()
+            error = Estimate(math.sqrt(squares.mean()))
+            return _Measured(drawn, error, np.sqrt(_resampled(squares, options.seed)))
         drawn = self._draw(solver, count, options.samples * options.repeats)
         mean, spread = self._true_mean()
-        blocks = self._log_density(drawn.x).split(options.samples)
+        densities = self._log_density(drawn.x)
+        blocks = densities.split(options.samples)
         found = estimate(block.mean().item() - mean for block in blocks)
         stderr = None if found.stderr is None else math.hypot(found.stderr, spread / _TRUE**0.5)
-        return drawn, Estimate(abs(found.value), stderr)
+        groups = np.array([group.mean().item() for group in densities.split(_group(densities))])
+        truths = np.random.default_rng(options.seed + _TRUTH_SEED).normal(
+            mean, spread / _TRUE**0.5, _REPLICATES
+        )
+        replicates = np.abs(_resampled(groups, options.seed) - truths)
+        return _Measured(drawn, Estimate(abs(found.value), stderr), replicates)
 
     def floor(self, solver: Solver | Integrator) -> float:
         """Error below which a solver's error is not its own."""
@@ -201,12 +234,23 @@ class _Bench:
         options = self.plan.options
         return self._true_mean()[1] / math.sqrt(options.samples * options.repeats)
 
-    def fit(self, solver: Solver | Integrator, errors: dict[int, Estimate]) -> Fitted:
+    def fit(self, solver: Solver | Integrator, measured: dict[int, _Measured]) -> Fitted:
         floor = self.floor(solver)
-        values = [errors[count].value for count in errors]
+        errors = {count: found.error for count, found in measured.items()}
+        values = [error.value for error in errors.values()]
         slope = fit_slope(list(errors), values, floor=floor)
+        law = fit_law(
+            list(errors),
+            values,
+            np.stack([found.replicates for found in measured.values()], 1),
+            floor=floor,
+            nfe=[found.drawn.nfe for found in measured.values()],
+        )
+        needed = () if law is None else tuple(map(law.needed, self.plan.options.wanted))
         kind = "SDE" if solver.stochastic else "ODE"
-        return Fitted(spec_of(solver), self.sde, kind, solver.order, slope, errors, floor)
+        return Fitted(
+            spec_of(solver), self.sde, kind, solver.order, slope, errors, floor, law, needed
+        )
 
     def _true_mean(self) -> tuple[float, float]:
         """Mean and standard deviation of the log density of true samples at ``t_min``."""
@@ -241,6 +285,37 @@ class _Bench:
             dtype=torch.float32 if solver.stochastic else torch.float64,
             suggested=plan.subject.suggested,
         )
+
+
+def _resampled(values: np.ndarray, seed: int) -> np.ndarray:
+    """Means (R,) of bootstrap replicates; the same samples for every number of steps."""
+    rng = np.random.default_rng(seed + _BOOTSTRAP_SEED)
+    chosen = rng.integers(0, len(values), (_REPLICATES, len(values)))
+    return np.asarray(values[chosen].mean(1))
+
+
+def _group(densities: Tensor) -> int:
+    """Samples in a group: equal groups, so that their means weigh the same."""
+    return _GROUP if len(densities) % _GROUP == 0 and len(densities) >= 20 * _GROUP else 1
+
+
+def _law(fitted: Fitted, wanted: Sequence[float]) -> dict[str, Any] | None:
+    """What rows of results.json say of their sampler's law; null: no asymptotic region."""
+    law = fitted.law
+    if law is None:
+        return None
+    return {
+        "order": law.order,
+        "order_low": law.order_low,
+        "order_high": law.order_high,
+        "first": law.first,
+        "last": law.last,
+        "constant": math.exp(law.intercept),
+        "wanted": [
+            {"error": error, "nfe": n.nfe, "low": n.low, "high": n.high, "how": n.how}
+            for error, n in zip(wanted, fitted.needed, strict=True)
+        ],
+    }
 
 
 def _row(

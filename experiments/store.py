@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from experiments.records import OK, Record, read_table, write_table
-from experiments.results import write_whole
+from experiments.results import naming, write_whole
 from sde_diffusion.storage import write_tensors
 
 CELLS, TABLE = "cells", "cells.parquet"
@@ -55,12 +55,18 @@ class CellStore:
             return None
 
     def put(self, record: Record, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Store a cell; the record last, since its file says that the cell is finished."""
-        self._cells.mkdir(exist_ok=True)
-        if tensors:
-            write_tensors(self._cells / f"{record.key}.safetensors", dict(tensors), {})
+        """Store a cell; the record last, since its file says that the cell is finished.
+
+        Raises:
+            WriteError: it cannot be written; what was stored before is as it was.
+        """
         text = json.dumps(record.as_dict(), ensure_ascii=False, allow_nan=False)
-        write_whole(self._cells / f"{record.key}.json", text + "\n")
+        path = self._cells / f"{record.key}.json"
+        with naming(path):
+            self._cells.mkdir(exist_ok=True)
+            if tensors:
+                write_tensors(path.with_suffix(".safetensors"), dict(tensors), {})
+            write_whole(path, text + "\n")
         self._known[record.key] = record
 
     def forget(self, key: str) -> None:
@@ -80,7 +86,8 @@ class CellStore:
     def write_table(self, records: Iterable[Record]) -> Path:
         """Write cells.parquet with these cells; returns its path."""
         path = self.folder / TABLE
-        write_table(path, records)
+        with naming(path):
+            write_table(path, records)
         return path
 
     def _read(self, key: str) -> Record | None:

@@ -22,6 +22,7 @@ from sde_diffusion import (
     bind,
     classifier_free_guided,
     classifier_guided,
+    load_target,
     named_sde,
     named_target,
 )
@@ -34,6 +35,7 @@ from sde_diffusion.checkpoints import (
 )
 from sde_diffusion.data import Dataset, load_data
 from sde_diffusion.errors import unknown_name
+from sde_diffusion.named_targets import EMPIRICAL
 from sde_diffusion.storage import read_json
 
 DIGITS = "digits"
@@ -99,18 +101,18 @@ class Subject(ABC):
 
 
 class ExactSubject(Subject):
-    """A Gaussian mixture, whose scores, classes and samples are exact."""
+    """A Gaussian mixture, whose scores, classes and samples are exact.
+
+    Args:
+        source: a name, ``empirical:DATA``, or a TOML file, whose stem is the name.
+    """
 
     suggested = 4096
 
-    def __init__(self, name: str, sdes: Sequence[str]) -> None:
-        try:
-            self.target: GaussianMixture = named_target(name)
-        except ValueError:
-            raise _unknown_target(name) from None
-        self.name = name
+    def __init__(self, source: str, sdes: Sequence[str]) -> None:
+        self.name, self.target = _exact_target(source)
         self.sdes = {sde: named_sde(sde) for sde in sdes}
-        self.event_shape = (self.target.dimension,)
+        self.event_shape = self.target.event_shape
         self.num_classes = self.target.num_classes
 
     def score_of(self, sde: str, condition: Condition) -> ScoreOf:
@@ -120,11 +122,12 @@ class ExactSubject(Subject):
             label = condition.labels(ids, self.num_classes)
             if label is None or condition.guidance == "none":
                 return target.score_fn(process, label)
-            scale = condition.scale or 0.0
             if condition.guidance == "cfg":
-                return classifier_free_guided(target.model(process), label, scale)
+                return classifier_free_guided(
+                    target.model(process), label, condition.scale or 0.0, condition.interval
+                )
             return classifier_guided(
-                target.score_fn(process), target.classifier(process), label, scale
+                target.score_fn(process), target.classifier(process), label, condition.weight
             )
 
         return score
@@ -135,9 +138,11 @@ class ExactSubject(Subject):
     def identity(self, sde: str) -> dict[str, Any]:
         target = self.target
         parts = (target.means, target.variances, target.rotation, target.weights, target.labels)
+        shape = list(self.event_shape) if len(self.event_shape) > 1 else None
         return {
             "target": [None if part is None else _tensor_digest(part) for part in parts],
             "sde": self.sdes[sde].config(),
+            **({} if shape is None else {"event_shape": shape}),
         }
 
 
@@ -181,11 +186,12 @@ class ModelSubject(Subject):
             label = condition.labels(ids, self.num_classes)
             if label is None or condition.guidance == "none":
                 return bind(model.model, label)
-            scale = condition.scale or 0.0
             if condition.guidance == "cfg":
-                return classifier_free_guided(model.model, label, scale)
+                return classifier_free_guided(
+                    model.model, label, condition.scale or 0.0, condition.interval
+                )
             classifier: Any = model.classifier
-            return classifier_guided(bind(model.model, None), classifier, label, scale)
+            return classifier_guided(bind(model.model, None), classifier, label, condition.weight)
 
         return score
 
@@ -241,7 +247,10 @@ def make_subjects(options: SubjectOptions) -> list[Subject]:
         if name == DIGITS:
             subjects.append(_digits(sdes, options.data))
         else:
-            subjects.append(ExactSubject(name, sdes))
+            exact = ExactSubject(name, sdes)
+            while exact.name in [other.name for other in subjects]:
+                exact.name += "'"
+            subjects.append(exact)
     judges: list[LoadedModel] = []
     names = [subject.name for subject in subjects]
     for folder in dict.fromkeys(options.models):
@@ -252,7 +261,7 @@ def make_subjects(options: SubjectOptions) -> list[Subject]:
 
 
 def target_names() -> tuple[str, ...]:
-    """Every name that --target takes."""
+    """Every name that --target takes, besides ``empirical:DATA`` and TOML files."""
     return tuple(sorted([*TARGETS, DIGITS]))
 
 
@@ -341,10 +350,19 @@ def _tensor_digest(x: Tensor) -> str:
     return hashlib.sha256(x.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def _unknown_target(name: str) -> ValueError:
-    if Path(name).expanduser().exists():
-        return ValueError(
-            f"--target {name!r} is a file or folder: a model folder is given by --model; on data, "
-            f"train a model first: sde-diffusion train {name} --out runs/mine"
+def _exact_target(source: str) -> tuple[str, GaussianMixture]:
+    path = Path(source).expanduser()
+    try:
+        if path.suffix == ".toml":
+            return path.stem, load_target(path)
+        return source, named_target(source)
+    except ValueError as error:
+        if path.suffix == ".toml" or source.startswith(EMPIRICAL):
+            raise ValueError(f"--target {source}: {error}") from None
+    if path.exists():
+        raise ValueError(
+            f"--target {source!r} is a file or folder: a model folder is given by --model; the law "
+            f"of the data itself is --target {EMPIRICAL}{source}; for a network, train one first: "
+            f"sde-diffusion train {source} --out runs/mine"
         )
-    return unknown_name("--target", name, target_names())
+    raise unknown_name("--target", source, target_names())

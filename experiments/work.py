@@ -15,6 +15,7 @@ from torch import Tensor
 
 from experiments.cells import Task
 from experiments.draw import Drawn, Machine, make_machine
+from experiments.guidance_judging import make_guidance_judge
 from experiments.judging import Cell, Judge, block_ids, make_judge
 from experiments.memory import peak_memory
 from experiments.metrics import paired_distances
@@ -70,6 +71,8 @@ def record_of(task: Task, **values: Any) -> Record:
         "guidance": condition.guidance,
         "scale": condition.scale,
         "label": condition.label,
+        "interval_low": None if condition.interval is None else condition.interval[0],
+        "interval_high": None if condition.interval is None else condition.interval[1],
         "budget": task.budget,
         "steps": task.steps,
         "grid": task.grid,
@@ -89,7 +92,8 @@ def subject_of(task: Task) -> Subject:
 
 def judge_of(task: Task, workers: int = 1) -> Judge:
     """The judge of a task's repeats."""
-    return _judge(task.subjects, task.subject, task.samples, task.seed, task.device, workers)
+    made = _judge if task.judging == "distance" else _guidance_judge
+    return made(task.subjects, task.subject, task.samples, task.seed, task.device, workers)
 
 
 @functools.lru_cache(maxsize=8)
@@ -108,17 +112,30 @@ def _judge(
     return make_judge(_subjects(options, device)[name], samples, seed, machine)
 
 
+@functools.lru_cache(maxsize=64)
+def _guidance_judge(
+    options: SubjectOptions, name: str, samples: int, seed: int, device: str, workers: int
+) -> Judge:
+    machine = Machine(torch.device(device), None, workers)
+    return make_guidance_judge(_subjects(options, device)[name], samples, seed, machine)
+
+
 def _computed(task: Task, fine: Tensor | None, workers: int) -> Done:
+    began = time.perf_counter()
     judge = judge_of(task, workers)
+    made = time.perf_counter() - began  # the judge, for the first of its cells
     cell = Cell(task.sde, task.condition, task.solver)
     named = {"primary": judge.primary, "truth": judge.truth(cell)}
     if task.kind == "floor":
-        return Done(record_of(task, metrics=judge.floor(cell, task.repeat), **named), {})
+        floor = judge.floor(cell, task.repeat)
+        judging = time.perf_counter() - began
+        return Done(record_of(task, metrics=floor, judging_seconds=judging, **named), {})
     machine = Machine(make_machine(task.device, None).device, task.batch_size, workers)
     ids = block_ids(task.samples, task.repeat)
     if task.kind == "fine":
         drawn = _drawn(task, machine, ids[: judge.paired], ProbabilityFlow("rk4"), judge.fine_steps)
-        return Done(record_of(task, **_costs(drawn), **named), {"x": drawn.x})
+        fine_record = record_of(task, **_costs(drawn), judging_seconds=made, **named)
+        return Done(fine_record, {"x": drawn.x})
     _warm_up(task, machine, ids)
     with peak_memory(machine.device) as memory:
         drawn = _drawn(task, machine, ids, task.solver, task.steps)
@@ -127,10 +144,7 @@ def _computed(task: Task, fine: Tensor | None, workers: int) -> Done:
     tensors = {"x": drawn.x[:KEPT].clone()}
     if fine is not None:
         distances = paired_distances(drawn.x[: len(fine)], fine)
-        metrics |= {
-            "rms": float(distances.square().mean().sqrt()),
-            "median": float(distances.median()),
-        }
+        metrics |= judge.paired_metrics(distances)
         tensors["distance"] = distances
     record = record_of(
         task,
@@ -138,7 +152,7 @@ def _computed(task: Task, fine: Tensor | None, workers: int) -> Done:
         **named,
         metrics=metrics,
         peak_bytes=memory.bytes,
-        judging_seconds=time.perf_counter() - started,
+        judging_seconds=made + time.perf_counter() - started,
     )
     return Done(record, tensors)
 
@@ -159,6 +173,11 @@ def _drawn(
         denoise=task.denoise or denoise,
         suggested=subject.suggested,
     )
+
+
+def draw_task(task: Task, machine: Machine, ids: Tensor) -> Drawn:
+    """Samples of a cell's sampler, with any ids, not judged."""
+    return _drawn(task, machine, ids, task.solver, task.steps)
 
 
 def _costs(drawn: Drawn) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What is being solved: SDEs, score functions, guidance and exact targets."""
 
 from sde_diffusion.contrasts import autoguided, thresholded
+from sde_diffusion.empirical import empirical_mixture
 from sde_diffusion.energies import energy_guided, noised_energy_guided
 from sde_diffusion.errors import NonFiniteError
 from sde_diffusion.guidance import classifier_free_guided, classifier_guided
@@ -33,6 +34,7 @@ from sde_diffusion.scales import below
 from sde_diffusion.schedules import SDES, named_sde, sde_from_config
 from sde_diffusion.sde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, NoiseLevel, SubVPSDE
 from sde_diffusion.tabulated import TabulatedVPSDE
+from sde_diffusion.target_files import load_target
 from sde_diffusion.targets import GaussianMixture
 
 __all__ = [
@@ -72,8 +74,10 @@ __all__ = [
     "continuous_time",
     "dps_guided",
     "edm_noise_label",
+    "empirical_mixture",
     "energy_guided",
     "gaussian_kernel",
+    "load_target",
     "named_sde",
     "named_target",
     "no_time",

@@ -37,7 +37,9 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         CheckpointError: it cannot be written; the old file, if any, is untouched.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(
+        f"{path.name}.{os.getpid()}.partial"
+    )  # another process may write it too
     try:
         with open(partial, "wb") as file:
             file.write(content)

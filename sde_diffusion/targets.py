@@ -4,17 +4,19 @@ closed-form.
 Under ``x_t = alpha x_0 + sigma eps`` a mixture stays a mixture,
 ``p_t = sum_k w_k N(alpha mu_k, alpha^2 Sigma_k + sigma^2 I)``. Everything is computed in float64,
 in log-space and in the eigenbasis of each covariance, by operations that treat every sample alike:
-the result for one sample is the same, bit for bit, in whatever batch it stands.
+the result for one sample is the same, bit for bit, in whatever batch it stands. Memory is bounded
+however large the mixture (`sde_diffusion.components`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from sde_diffusion.broadcast import expand
+from sde_diffusion.components import BUDGET, Components, Tile
 from sde_diffusion.errors import require_count, require_finite
 from sde_diffusion.measurements import LinearMeasurement
 from sde_diffusion.parametrization import Label, batch_of_labels, check_label, part_of
@@ -36,6 +38,8 @@ class GaussianMixture:
             positive semidefinite.
         weights: ``(K,)``, positive, normalised here; equal by default.
         labels: ``(K,)`` integers from 0; all 0 by default. Several components may share a class.
+        event_shape: of one sample, of D numbers; ``(D,)`` by default. Below, ``(B, *event)`` are
+            samples of that shape; moments are of the D numbers in a row.
     Raises:
         ValueError: shapes that do not fit, values that are not finite, a covariance that is not
             symmetric positive semidefinite, weights or labels out of range.
@@ -47,22 +51,29 @@ class GaussianMixture:
         covariances: Tensor,
         weights: Tensor | None = None,
         labels: Tensor | None = None,
+        event_shape: Sequence[int] | None = None,
     ) -> None:
         self.means = _finite("means", means)
         if self.means.ndim != 2 or 0 in self.means.shape:
             raise ValueError(f"means must have shape (K, D), got {tuple(means.shape)}")
         count, self.dimension = self.means.shape
+        self.event_shape = (self.dimension,) if event_shape is None else tuple(event_shape)
+        if math.prod(self.event_shape) != self.dimension or min(self.event_shape, default=1) < 1:
+            raise ValueError(
+                f"event_shape must hold the {self.dimension} numbers of a mean, got "
+                f"{self.event_shape}"
+            )
         self.variances, self.rotation = _eigenbasis(
             _finite("covariances", covariances), count, self.dimension
         )
         weights = torch.ones(count) if weights is None else weights
         weights = _finite("weights", weights)
         if weights.shape != (count,) or bool((weights <= 0).any()):
-            raise ValueError(f"weights must be {count} positive numbers, got {weights.tolist()}")
+            raise ValueError(f"weights must be {count} positive numbers, got {_short(weights)}")
         self.weights = weights / weights.sum()
         labels = torch.zeros(count, dtype=torch.long) if labels is None else torch.as_tensor(labels)
         if labels.shape != (count,) or labels.is_floating_point() or bool((labels < 0).any()):
-            raise ValueError(f"labels must be {count} integers from 0, got {labels.tolist()}")
+            raise ValueError(f"labels must be {count} integers from 0, got {_short(labels)}")
         self.labels = labels.long().cpu()
         self.num_classes = int(self.labels.max()) + 1
         missing = sorted(set(range(self.num_classes)) - set(self.labels.tolist()))
@@ -72,12 +83,18 @@ class GaussianMixture:
             )
         self._on_device: dict[torch.device, _Parameters] = {}
 
+    @property
+    def has_density(self) -> bool:
+        """Whether clean data has a density: no component is flat in any direction."""
+        return bool((self.variances > 0).all())
+
     def conditional(self, label: int) -> GaussianMixture:
         """The law of one class, itself a mixture with the single class 0."""
         check_label(self, label)
         chosen = self.labels == label
         covariances = self._covariances()[chosen]
-        return GaussianMixture(self.means[chosen], covariances, self.weights[chosen])
+        weights, shape = self.weights[chosen], self.event_shape
+        return GaussianMixture(self.means[chosen], covariances, weights, event_shape=shape)
 
     def posterior(
         self, A: Tensor | LinearMeasurement, y: Tensor, noise_std: float | None = None
@@ -87,7 +104,7 @@ class GaussianMixture:
         The ground truth by which guidance is judged.
 
         Args:
-            A: ``(m, D)``, or a linear measurement of events ``(D,)``. Rows of zeros say nothing and
+            A: ``(m, D)``, or a linear measurement of events. Rows of zeros say nothing and
                 are left out.
             y: what was measured of one sample: ``(m,)``, or ``(*measured,)``.
             noise_std: at least 0; the measurement's own where one is given, otherwise 0.
@@ -105,10 +122,14 @@ class GaussianMixture:
         if not bool(says.any()):
             return self
         found = self._conditioned(matrix[says], y[says], noise_std)
+        if not bool(self.variances.any()):  # points stay where they are, and stay spheres
+            found = found._replace(means=self.means, covariances=self.variances)
         # Not below what the constructor takes for positive: a component ruled out stays, so that
         # its class keeps its number.
         weights = torch.softmax(found.log_weights, 0).clamp_min(1e-300)
-        return GaussianMixture(found.means, found.covariances, weights, self.labels)
+        return GaussianMixture(
+            found.means, found.covariances, weights, self.labels, self.event_shape
+        )
 
     def log_evidence(
         self, A: Tensor | LinearMeasurement, y: Tensor, noise_std: float | None = None
@@ -128,7 +149,7 @@ class GaussianMixture:
     ) -> tuple[Tensor, float]:
         if isinstance(A, LinearMeasurement):
             own = A.noise_std if noise_std is None else noise_std
-            A = A.matrix((self.dimension,))
+            A = A.matrix(self.event_shape)
         else:
             own = 0.0 if noise_std is None else noise_std
         require_finite("noise_std", own)
@@ -149,14 +170,16 @@ class GaussianMixture:
 
     def covariance(self) -> Tensor:
         """Covariance of the mixture, ``(D, D)`` float64."""
-        within = torch.einsum("k,kij->ij", self.weights, self._full_covariances())
+        within = torch.diag(self.weights @ self.variances)
+        if self.rotation is not None:
+            within = torch.einsum("k,kij->ij", self.weights, self._full_covariances())
         centred = self.means - self.mean()
         return within + torch.einsum("k,ki,kj->ij", self.weights, centred, centred)
 
     def sample(
         self, n: int, seed: int, label: int | None = None, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
-        """``n`` exact samples and their classes, ``(n, D)`` and ``(n,)``, on the CPU.
+        """``n`` exact samples and their classes, ``(n, *event)`` and ``(n,)``, on the CPU.
 
         Args:
             label: draw from one class only.
@@ -174,17 +197,32 @@ class GaussianMixture:
         noise = torch.randn(n, self.dimension, generator=generator, dtype=torch.float64)
         noise = noise * self.variances[component].sqrt()
         if self.rotation is not None:
-            noise = torch.einsum("nij,nj->ni", self.rotation[component], noise)
-        return (self.means[component] + noise).to(dtype), self.labels[component]
+            rows = max(1, BUDGET // self.dimension**2)
+            noise = torch.cat(
+                [
+                    torch.einsum("nij,nj->ni", self.rotation[which], part)
+                    for which, part in zip(component.split(rows), noise.split(rows), strict=True)
+                ]
+            )
+        x = (self.means[component] + noise).to(dtype)
+        return x.reshape(n, *self.event_shape), self.labels[component]
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log-density at ``x`` in nats: ``(B, D) -> (B,)``, in ``x``'s dtype."""
+        """Log-density at ``x`` in nats: ``(B, *event) -> (B,)``, in ``x``'s dtype.
+
+        Raises:
+            ValueError: there is none (``has_density``).
+        """
+        if not self.has_density:
+            raise ValueError(
+                "log_prob needs a density, and a component has no variance in some direction; "
+                "ask for log_prob_at(x, level) at a noise level"
+            )
         return self.log_prob_at(x, _DATA)
 
     def log_prob_at(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        """Log-density of ``x_t`` at a noise level, 0-d or ``(B,)``: ``(B, D) -> (B,)``."""
-        joint, _ = self._joint(x, level)
-        return torch.logsumexp(joint, 1).to(x.dtype)
+        """Log-density of ``x_t`` at a noise level, 0-d or ``(B,)``: ``(B, *event) -> (B,)``."""
+        return self._each(x, level, None, lambda tile: tile.joint.logsumexp(1))
 
     def score_fn(self, sde: SDE, label: Label = None) -> ScoreFn:
         """The exact score under ``sde``, of the whole mixture or of one class (int, or ``(B,)``
@@ -206,31 +244,42 @@ class GaussianMixture:
     def predict(self, x: Tensor, level: NoiseLevel, label: Tensor | None = None) -> Prediction:
         """The exact prediction; ``label`` ``(B,)`` long, with ``num_classes`` for the whole
         mixture."""
-        joint, pull = self._joint(x, level)
-        if label is not None:
-            joint = joint + self._parameters(x.device).class_mask[label]
-        responsibility = torch.softmax(joint, 1)
-        parameters = self._parameters(x.device)
-        pull = responsibility[:, :, None] * pull
-        if parameters.rotation is not None:
-            pull = _rotate(pull, parameters.rotation.mT)
-        return Prediction.from_score(x, level, -pull.sum(1).to(x.dtype))
+        labels, null = self._parameters(x.device).labels, self.num_classes
 
-    def _joint(self, x: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """``log w_k N(x; k)``, ``(B, K)``, and ``Sigma_k(t)^-1 (x - alpha mu_k)`` in the
-        eigenbasis, ``(B, K, D)``."""
-        if x.ndim != 2 or x.shape[1] != self.dimension:
-            raise ValueError(f"x must have shape (B, {self.dimension}), got {tuple(x.shape)}")
-        parameters = self._parameters(x.device)
-        wide = x.double()[:, None, :]
-        alpha, sigma = (expand(field.double(), wide) for field in (level.alpha, level.sigma))
-        offset = wide - alpha * parameters.means
-        if parameters.rotation is not None:
-            offset = _rotate(offset, parameters.rotation)
-        variance = alpha**2 * parameters.variances + sigma**2
-        pull = offset / variance
-        log_volume = 0.5 * torch.log(2 * math.pi * variance).sum(-1)
-        return parameters.log_weights - log_volume - 0.5 * (offset * pull).sum(-1), pull
+        def pull(tile: Tile) -> Tensor:
+            joint = tile.joint
+            if tile.label is not None:
+                known = (labels == tile.label[:, None]) | (tile.label[:, None] == null)
+                joint = joint.where(known, -math.inf)
+            return tile.pull(torch.softmax(joint, 1))
+
+        score = -self._each(x, level, label, pull)
+        return Prediction.from_score(x, level, score.reshape(x.shape))
+
+    def class_logits(self, x: Tensor, level: NoiseLevel) -> Tensor:
+        """``log p(class, x_t)``: ``(B, *event) -> (B, C)``, in ``x``'s dtype."""
+        members = self._parameters(x.device).members
+
+        def logits(tile: Tile) -> Tensor:
+            return torch.stack([tile.joint[:, which].logsumexp(1) for which in members], 1)
+
+        return self._each(x, level, None, logits)
+
+    def _each(
+        self,
+        x: Tensor,
+        level: NoiseLevel,
+        label: Tensor | None,
+        read: Callable[[Tile], Tensor],
+    ) -> Tensor:
+        """What ``read`` makes of the components, tile by tile: ``(B, ...)`` in ``x``'s dtype."""
+        if x.ndim < 1 or tuple(x.shape[1:]) != self.event_shape:
+            shape = ", ".join(map(str, self.event_shape))
+            raise ValueError(f"x must have shape (B, {shape}), got {tuple(x.shape)}")
+        wide = x.double().reshape(len(x), self.dimension)
+        alpha, sigma = level.alpha.double(), level.sigma.double()
+        components = self._parameters(x.device).components
+        return components.each(wide, alpha, sigma, label, read).to(x.dtype)
 
     def _parameters(self, device: torch.device) -> _Parameters:
         if device not in self._on_device:
@@ -251,22 +300,16 @@ class _Parameters:
     """The mixture's numbers on one device."""
 
     def __init__(self, mixture: GaussianMixture, device: torch.device) -> None:
-        self.means = mixture.means.to(device)
-        self.variances = mixture.variances.to(device)
-        self.rotation = None if mixture.rotation is None else mixture.rotation.to(device)
-        self.log_weights = mixture.weights.log().to(device)
-        classes = torch.arange(mixture.num_classes + 1)[:, None]
-        known = (mixture.labels == classes) | (classes == mixture.num_classes)
-        self.class_mask = torch.where(known, 0.0, -math.inf).double().to(device)
-
-
-def _rotate(offset: Tensor, rotation: Tensor) -> Tensor:
-    """``(B, K, D)`` times ``(K, D, D)``, summed in a fixed order: a matrix product's depends on the
-    batch."""
-    total = offset[:, :, :1] * rotation[:, 0]
-    for j in range(1, rotation.shape[1]):
-        total = total + offset[:, :, j : j + 1] * rotation[:, j]
-    return total
+        self.components = Components(
+            mixture.means.to(device),
+            mixture.variances.to(device),
+            None if mixture.rotation is None else mixture.rotation.to(device),
+            mixture.weights.log().to(device),
+        )
+        self.labels = mixture.labels.to(device)
+        self.members = [
+            (mixture.labels == c).nonzero()[:, 0].to(device) for c in range(mixture.num_classes)
+        ]
 
 
 class _ExactScore:
@@ -278,7 +321,7 @@ class _ExactScore:
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        return (self.mixture.dimension,)
+        return self.mixture.event_shape
 
     def __call__(self, x: Tensor, level: NoiseLevel) -> Prediction:
         label = None if self.label is None else batch_of_labels(self.label, x)
@@ -311,12 +354,7 @@ class ExactClassifier:
 
     def __call__(self, x: Tensor, level: NoiseLevel) -> Tensor:
         """Logits ``(B, C)``: ``log p(class, x_t)``, in ``x``'s dtype."""
-        joint, _ = self.mixture._joint(x, level)
-        labels = self.mixture.labels
-        logits = [
-            joint[:, (labels == c).to(x.device)].logsumexp(1) for c in range(self.num_classes)
-        ]
-        return torch.stack(logits, 1).to(x.dtype)
+        return self.mixture.class_logits(x, level)
 
 
 def _finite(name: str, value: Tensor) -> Tensor:
@@ -324,8 +362,12 @@ def _finite(name: str, value: Tensor) -> Tensor:
     with torch.inference_mode(False):
         value = torch.as_tensor(value).detach().clone().cpu().double()
     if not bool(value.isfinite().all()):
-        raise ValueError(f"{name} must be finite, got {value.tolist()}")
+        raise ValueError(f"{name} must be finite, got {_short(value)}")
     return value
+
+
+def _short(value: Tensor) -> str:
+    return str(value.tolist()) if value.numel() <= 64 else f"shape {tuple(value.shape)}"
 
 
 def _eigenbasis(covariances: Tensor, count: int, dimension: int) -> tuple[Tensor, Tensor | None]:
@@ -354,4 +396,4 @@ def _eigenbasis(covariances: Tensor, count: int, dimension: int) -> tuple[Tensor
             "covariances must be positive semidefinite, got an eigenvalue "
             f"{variances.min().item():g}"
         )
-    return variances.contiguous(), rotation
+    return variances, rotation

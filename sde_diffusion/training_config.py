@@ -8,16 +8,14 @@ not exist, or a value of the wrong type, is an error that names the nearest key 
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from sde_diffusion.data import HELD_OUT, SPLIT_SEED, load_data
 from sde_diffusion.dataset import Dataset
@@ -28,6 +26,13 @@ from sde_diffusion.parametrization import EDMModel
 from sde_diffusion.schedules import SDES, LinearChain
 from sde_diffusion.sde import SDE
 from sde_diffusion.stage_settings import StageSettings
+from sde_diffusion.toml_files import (
+    first_complaint,
+    parse_toml,
+    read_text,
+    toml_value,
+    validated,
+)
 from sde_diffusion.training_settings import RunOptions, TrainSettings
 from sde_diffusion.training_tasks import CLASSIFIER, JUDGE, SCORE, Tasks
 
@@ -182,22 +187,12 @@ def read_config(path: str | Path) -> TrainConfig:
         ValueError: it cannot be read, is not TOML, or has keys or values that do not fit; the
             message names the file and the key.
     """
-    where = str(path)
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"config {where!r} cannot be read ({reason}); give a TOML file") from error
-    return parse_config(text, where)
+    return parse_config(read_text(path, "config"), str(path))
 
 
 def parse_config(text: str, where: str) -> TrainConfig:
     """The config in a text; `where` is its name in messages. Raises as `read_config` does."""
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{where} is not TOML: {error}") from error
-    return _checked(_overlaid(_plain(TrainConfig()), values, where), where)
+    return _checked(_overlaid(_plain(TrainConfig()), parse_toml(text, where), where), where)
 
 
 def override(config: TrainConfig, assignment: str, where: str = "--set") -> TrainConfig:
@@ -316,31 +311,17 @@ def _unknown(where: str, what: str, name: str, known: Mapping[str, Any]) -> Valu
     return ValueError(f"{where}: {unknown_name(what, name, known)}")
 
 
-@cache
-def _adapter(kind: type) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
-
-
 def _checked(values: dict[str, Any], where: str) -> TrainConfig:
     try:
-        config: TrainConfig = _validated(TrainConfig, values)
+        config: TrainConfig = validated(TrainConfig, values)
         config.settings(), config.options()  # their own checks
     except ValidationError as error:
-        raise ValueError(f"{where}: {_first(error)}") from None
+        raise ValueError(f"{where}: {first_complaint(error)}") from None
     except (TypeError, ValueError) as error:
         raise type(error)(f"{where}: {error}") from None
     if "kind" not in config.sde:
         raise ValueError(f"{where}: [sde] needs a kind, one of {', '.join([*SDES, 'ddpm'])}")
     return config
-
-
-def _validated(kind: type, values: Mapping[str, Any]) -> Any:
-    """`values` as a dataclass, types checked strictly: no number is read from a text."""
-    try:
-        text = json.dumps(values)
-    except TypeError as error:
-        raise ValueError(f"a value is of a kind that no key takes ({error})") from None
-    return _adapter(kind).validate_json(text, strict=True)
 
 
 def _filled(default: Any, settings: Mapping[str, Any], where: str) -> Any:
@@ -350,21 +331,9 @@ def _filled(default: Any, settings: Mapping[str, Any], where: str) -> Any:
         if key not in names:
             raise unknown_name(f"key in {where}", key, names)
     try:
-        return _validated(type(default), {**asdict(default), **settings})
+        return validated(type(default), {**asdict(default), **settings})
     except ValidationError as error:
-        raise ValueError(f"{where} {_first(error)}") from None
-
-
-def _first(error: ValidationError) -> str:
-    """pydantic's first complaint in one line."""
-    first = error.errors(include_url=False)[0]
-    place = [str(part) for part in first["loc"]]
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error" or not place:
-        return f"[{place[0]}] {message}" if place else message
-    table = f"[{place[0]}] " if len(place) > 1 else ""
-    key = ".".join(place[1:] if len(place) > 1 else place)
-    return f"{table}{key}: {message[0].lower()}{message[1:]}, got {first['input']!r}"
+        raise ValueError(f"{where} {first_complaint(error)}") from None
 
 
 def to_toml(config: TrainConfig) -> str:
@@ -373,15 +342,5 @@ def to_toml(config: TrainConfig) -> str:
     for table, values in _plain(config).items():
         present = {key: value for key, value in values.items() if value is not None}
         if present:
-            lines += [f"[{table}]", *(f"{key} = {_toml(v)}" for key, v in present.items()), ""]
+            lines += [f"[{table}]", *(f"{key} = {toml_value(v)}" for key, v in present.items()), ""]
     return "\n".join(lines)
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{key} = {_toml(v)}" for key, v in value.items()) + " }"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(entry) for entry in value) + "]"
-    if isinstance(value, float):
-        return repr(value)
-    return json.dumps(value, ensure_ascii=False)

@@ -203,7 +203,7 @@ def test_order_five_is_told_from_a_slip_in_the_fifth_digit() -> None:
         for solver in (DormandPrince(), SlippedRow())
     }
     for check in measured[DormandPrince]:
-        assert float(check.measured) == pytest.approx(5, abs=0.1)
+        assert float(check.measured) == pytest.approx(5, abs=0.25)  # as the certificate asks
     assert all(check.passed is False for check in measured[SlippedRow])
 
 

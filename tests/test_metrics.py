@@ -13,6 +13,7 @@ from torch import Tensor
 
 from experiments import metrics
 from experiments.estimates import Estimate, estimate
+from tests.largest import Largest
 
 
 def normal(n: int, *event: int, seed: int = 0, shift: float = 0.0, scale: float = 1.0) -> Tensor:
@@ -71,6 +72,47 @@ def test_chunked_equals_unchunked(monkeypatch: pytest.MonkeyPatch, unbiased: boo
     monkeypatch.setattr(metrics, "BLOCK", 16)
     # Sums of some 1e4 float64 numbers in another order.
     assert metrics.energy_distance(x, y, unbiased=unbiased) == pytest.approx(whole, abs=1e-11)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_energy_in_one_dimension_by_sorting_is_that_of_all_pairs(unbiased: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 1, generator=generator, dtype=torch.float64).round(decimals=1)  # with ties
+    y = 1e6 + 2 * torch.randn(211, 1, generator=generator, dtype=torch.float64).round(decimals=1)
+    for a, b in ((x, x + 0.3), (x, y), (y, x)):
+        found = metrics.energy_distance(a, b, unbiased=unbiased)
+        flat = torch.zeros(len(a), 1).double(), torch.zeros(len(b), 1).double()
+        plane = metrics.energy_distance(
+            torch.cat([a, flat[0]], 1), torch.cat([b, flat[1]], 1), unbiased=unbiased
+        )
+        # Distances in the plane by products, about the square root of an ulp of 1e12 apart.
+        assert found == pytest.approx(plane, rel=1e-7, abs=1e-6 if b is not y else 1e-2)
+
+
+def test_energy_takes_a_tile_at_a_time_and_any_number_of_threads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6000, 2, generator=generator)
+    y = torch.randn(5000, 2, generator=generator)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(metrics.energy_distance(x, y))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
+    with Largest() as largest:
+        metrics.energy_distance(x[:3000], y[:3000])  # too few for threads, which it would not see
+    assert largest.numbers <= metrics.BLOCK**2
+
+
+def test_sliced_of_unequal_sizes_repeats_samples_to_equal_ones() -> None:
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    y = torch.randn(60, 3, generator=torch.Generator().manual_seed(1))
+    equal = metrics.sliced_w2(x.repeat(3, 1), y.repeat(2, 1), seed=5)
+    assert metrics.sliced_w2(x, y, seed=5) == pytest.approx(equal, rel=1e-12)
 
 
 @pytest.mark.parametrize("event", [(2,), (1, 3, 3)])

@@ -320,9 +320,18 @@ def test_named_targets_are_scaled_like_data(target_name: str) -> None:
     target = named_target(target_name)
     std = target.covariance().diagonal().mean().sqrt().item()
     assert 0.7 < std < 1.3  # "about unit standard deviation"
-    dimension = 16 if target_name == "gmm16" else 2
+    dimension, classes = {
+        "gaussian": (2, 1),
+        "ring": (2, 8),
+        "moons": (2, 2),
+        "spiral": (2, 2),
+        "gmm16": (16, 10),
+        "heavy_tails": (2, 2),
+        "imbalanced": (2, 6),
+        "nearly_singular": (8, 4),
+        "swiss_roll": (3, 4),
+    }[target_name]
     assert target.dimension == dimension
-    classes = {"gaussian": 1, "ring": 8, "moons": 2, "spiral": 2, "gmm16": 10}[target_name]
     assert target.num_classes == classes
     # The same numbers each time it is made.
     again = named_target(target_name)

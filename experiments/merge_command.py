@@ -1,0 +1,37 @@
+"""``sde-diffusion merge``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from experiments.failures import guarded
+from experiments.options import OUT_HELP
+
+
+@guarded
+def merge(
+    a: Annotated[str, typer.Argument(metavar="A", help="Folder of a comparison.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Folder of another.")],
+    out: Annotated[str, typer.Option(help=OUT_HELP)],
+) -> None:
+    """Two comparisons in one folder: the union of their cells, all repeats of a row taken together.
+
+    A cell that both hold must have the same figures in both.
+
+    [bold]Example[/bold]
+
+      sde-diffusion merge runs/monday runs/tuesday --out runs/both
+    """
+    from experiments.merging import merge as merged
+    from experiments.runs import load_run
+    from experiments.tables import make_console
+
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    path = merged(load_run(a), load_run(b), out, command)
+    rows = load_run(path).rows
+    make_console().print(f"wrote {path}/ results.json, cells.parquet: {len(rows)} rows")
