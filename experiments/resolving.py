@@ -24,7 +24,7 @@ from experiments.intervals import (
 )
 from experiments.metrics import METRICS
 from experiments.records import OK
-from experiments.results import Row
+from experiments.results import Row, plain
 
 ABOVE_FLOOR = "_above_floor"
 GROWTH = 1.5  # repeats at a look, times those at the look before
@@ -91,6 +91,12 @@ def with_ranks(rows: Sequence[Row], error: float = 1 - LEVEL) -> list[Row]:
     ]
 
 
+def ranked(rows: Sequence[Mapping[str, Any]], error: float = 1 - LEVEL) -> list[dict[str, Any]]:
+    """`with_ranks` for rows as they stand in results.json; those of older runs are not ranked."""
+    found = _standings(rows, error)
+    return [{**row, **plain(standing)} for row, standing in zip(rows, found, strict=True)]
+
+
 def unresolved(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
     """Columns whose best is not known, and which more repeats may tell.
 
@@ -139,7 +145,7 @@ def _standings(rows: Sequence[Mapping[str, Any]], error: float) -> list[dict[str
     columns: dict[Column, list[int]] = {}
     for place, row in enumerate(rows):
         known = row["status"] == OK and row["budget"] is not None
-        if known and row["by_repeat"].get(row["primary"]):
+        if known and (row.get("by_repeat") or {}).get(row["primary"]):
             columns.setdefault(column_of(row), []).append(place)
     for places in columns.values():
         if len(places) < 2:
