@@ -12,6 +12,7 @@ import typer
 from experiments.cli_train import train
 from experiments.compare_command import compare
 from experiments.diff_command import diff
+from experiments.error_budget_command import error_budget
 from experiments.failures import FAILED, OneLineGroup, guarded
 from experiments.guidance_command import guidance
 from experiments.interpolate_command import interpolate
@@ -276,6 +277,7 @@ def targets() -> None:
     make_console().print(target_table())
 
 
+app.command("error-budget")(error_budget)
 app.command("noise-scales")(noise_scales)
 
 

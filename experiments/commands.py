@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments import compare, generate, generate_shards, steps
+from experiments.advice import advise
 from experiments.asymptotics import Needed
 from experiments.costs import throughput_table
 from experiments.experiment_file import to_toml, write_experiment
@@ -54,6 +55,8 @@ def run_compare(
     for table in comparison_tables(outcome.folder.rows):
         console.print(table)
     console.print(legend(outcome.folder.rows), style="dim")
+    for line in advise(outcome.folder.rows).lines:
+        console.print(line, markup=False)
     if (costs := throughput_table(outcome.folder.rows)) is not None:
         console.print(costs)
     for row in outcome.failed:

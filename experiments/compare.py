@@ -22,6 +22,7 @@ from experiments.draw import one_thread_each
 from experiments.estimates import Estimate, estimate
 from experiments.experiment_file import EXPERIMENT, to_toml
 from experiments.folders import prepare_out
+from experiments.intervals import LEVEL, PairedBootstrap, error_at_look, t_interval
 from experiments.judging import Cell
 from experiments.planning import (
     BUDGETS,
@@ -35,6 +36,14 @@ from experiments.planning import (
 )
 from experiments.pool import Work
 from experiments.records import OK, Record
+from experiments.resolving import (
+    Column,
+    by_repeat,
+    more_repeats,
+    row_intervals,
+    unresolved,
+    with_ranks,
+)
 from experiments.results import Row, RunFolder, WriteError, naming, write_whole
 from experiments.spec import spec_of
 from experiments.store import CellStore
@@ -123,16 +132,18 @@ def run(
             if plan.experiment == "compare":
                 with naming(path / EXPERIMENT):
                     write_whole(path / EXPERIMENT, to_toml(options))
-            _references(plan, store, began, timing)
-            tasks = [task for planned in plan.cells for task in plan.tasks(planned)]
-            for task, done in _computed(plan, store, tasks, began, timing):
-                progress.now(str(task))
-                progress.done(task_work(plan, task))
-                rows.add(done)
+            there: set[str] = set()
+            for _ in _looks(outcome, rows):
+                _references(plan, store, began, timing, there)
+                for task, done in _computed(plan, store, rows.missing(), began, timing):
+                    progress.now(str(task))
+                    progress.done(task_work(plan, task))
+                    rows.add(done)
+                rows.write()
             if options.throughput:
                 costs = Costs(path, options.device, plan.pool.workers, force=options.force)
                 rows.measure(costs, progress)
-            rows.write()
+                rows.write()
             store.write_table(rows.records())
             folder.timing = timing.as_dict()
     except WriteError as error:
@@ -149,18 +160,49 @@ def run(
     return outcome
 
 
+def _looks(outcome: Outcome, rows: _Rows) -> Iterator[int]:
+    """Once; with --until-resolved again and again, as long as more repeats are due."""
+    plan, options = outcome.plan, outcome.plan.options
+    started = time.monotonic()
+    yield (look := 1)
+    while options.until_resolved:
+        found = outcome.folder.rows
+        left = options.budget_seconds
+        more = more_repeats(
+            found,
+            unresolved(found),
+            rows.seconds_by_column(),
+            max_repeats=plan.max_repeats,
+            seconds_left=None if left is None else left - (time.monotonic() - started),
+        )
+        if not more:
+            return
+        plan.repeats |= more
+        look += 1
+        rows.look_again(error_at_look(look))
+        yield look
+
+
 def _references(
-    plan: Plan, store: CellStore, began: Callable[[Task], None], timing: Timing
+    plan: Plan,
+    store: CellStore,
+    began: Callable[[Task], None],
+    timing: Timing,
+    there: set[str],
 ) -> None:
-    """Floors and fine solutions, which many cells share, before the cells."""
+    """Floors and fine solutions, which many cells share, before the cells.
+
+    Args:
+        there: keys of those that this run has; it grows.
+    """
     tasks: dict[str, Task] = {}
     for planned in plan.cells:
-        for repeat in range(plan.options.repeats):
+        for repeat in range(plan.repeats_of(planned)):
             for task in (plan.floor_task(planned, repeat), plan.fine_task(planned, repeat)):
-                if task is not None:
+                if task is not None and task.key not in there:
                     tasks.setdefault(task.key, task)
-    for _ in _computed(plan, store, list(tasks.values()), began, timing):
-        pass
+    for task, _ in _computed(plan, store, list(tasks.values()), began, timing):
+        there.add(task.key)
 
 
 def _computed(
@@ -201,12 +243,39 @@ class _Rows:
 
     def __init__(self, outcome: Outcome) -> None:
         self._outcome = outcome
-        plan = outcome.plan
-        self._keys = [[task.key for task in plan.tasks(planned)] for planned in plan.cells]
-        self._row_of = {key: i for i, keys in enumerate(self._keys) for key in keys}
         self._records: dict[str, Record] = {}
         self._rows: dict[int, Row] = {}
         self._written = -math.inf
+        self._bootstrap = PairedBootstrap(outcome.plan.options.seed)
+        adaptive = outcome.plan.options.until_resolved
+        self._error = error_at_look(1) if adaptive else 1 - LEVEL
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        plan = self._outcome.plan
+        self._tasks = [plan.tasks(planned) for planned in plan.cells]
+        self._keys = [[task.key for task in tasks] for tasks in self._tasks]
+        self._row_of = {key: i for i, keys in enumerate(self._keys) for key in keys}
+
+    def look_again(self, error: float) -> None:
+        """The plan has more repeats; from now on ranks may be wrong with probability ``error``."""
+        self._error = error
+        self._lay_out()
+
+    def missing(self) -> list[Task]:
+        """Cells of the plan that have not been added."""
+        tasks = [task for tasks in self._tasks for task in tasks]
+        return [task for task in tasks if task.key not in self._records]
+
+    def seconds_by_column(self) -> dict[Column, float]:
+        """What a repeat of each column takes, by those that are finished."""
+        found: dict[Column, float] = {}
+        for planned, keys in zip(self._outcome.plan.cells, self._keys, strict=True):
+            records = [self._records[key] for key in keys if key in self._records]
+            spent = [(r.seconds or 0.0) + (r.judging_seconds or 0.0) for r in records]
+            column = planned.column
+            found[column] = found.get(column, 0.0) + sum(spent) / max(1, len(spent))
+        return found
 
     def add(self, done: Done) -> None:
         """A finished cell."""
@@ -223,7 +292,7 @@ class _Rows:
         plan = self._outcome.plan
         order = sorted(self._rows)
         self._outcome.finished = [plan.cells[i] for i in order]
-        self._outcome.folder.replace([self._rows[i] for i in order])
+        self._outcome.folder.replace(with_ranks([self._rows[i] for i in order], self._error))
         self._written = time.monotonic()
 
     def measure(self, costs: Costs, progress: Progress) -> None:
@@ -237,24 +306,53 @@ class _Rows:
 
     def records(self) -> list[Record]:
         """The records of the rows that are whole, row after row."""
-        return [self._records[key] for i in sorted(self._rows) for key in self._keys[i]]
+        return [
+            self._records[key]
+            for i in sorted(self._rows)
+            for key in self._keys[i]
+            if key in self._records
+        ]
 
     def _row(self, index: int) -> Row:
         plan = self._outcome.plan
         planned = plan.cells[index]
         records = [self._records[key] for key in self._keys[index]]
-        floor = _floor(self._outcome, planned)
+        floors = _floors(self._outcome, planned)
+        floor = _estimates(floors)
         self._outcome.folder.floor.setdefault(planned.subject.name, floor)
-        return make_row(plan, planned, records, floor)
+        row = make_row(plan, planned, records, floor)
+        if row.metrics:
+            row = self._with_intervals(row, records, floors)
+        return row
+
+    def _with_intervals(
+        self, row: Row, records: Sequence[Record], floors: Sequence[Mapping[str, float]]
+    ) -> Row:
+        store = self._outcome.store
+        values, floor = by_repeat([record.metrics for record in records]), by_repeat(floors)
+        kept = [store.tensors(record.key) or {} for record in records] if "rms" in values else []
+        distances = [one["distance"].numpy() for one in kept if "distance" in one]
+        if len(distances) < len(records):
+            distances = []
+        seconds = t_interval([record.seconds or 0.0 for record in records])
+        total = None if seconds is None else [max(0.0, len(records) * end) for end in seconds]
+        more = {
+            "by_repeat": values,
+            "floor_by_repeat": floor,
+            "intervals": row_intervals(values, floor, distances, self._bootstrap),
+            "seconds_interval": total,
+        }
+        return replace(row, extra={**row.extra, **more})
 
 
-def _floor(outcome: Outcome, planned: PlannedCell) -> dict[str, Estimate]:
+def _floors(outcome: Outcome, planned: PlannedCell) -> list[Mapping[str, float]]:
+    """What true samples score, repeat by repeat, as far as there are any."""
     plan, found = outcome.plan, []
-    for repeat in range(plan.options.repeats):
+    for repeat in range(plan.repeats_of(planned)):
         record = outcome.store.get(plan.floor_task(planned, repeat).key)
         if record is not None and record.metrics:
             found.append(record.metrics)
-    return _estimates(found)
+    return found
 
 
 def _estimates(metrics: Sequence[Mapping[str, float]]) -> dict[str, Estimate]:
@@ -303,11 +401,15 @@ def make_row(
             "denoise": options.denoise,
             "depends_on_batch": getattr(cell.solver, "depends_on_batch", False),
             "seed": options.seed,
-            "samples": plan.samples[planned.subject.name] * options.repeats,
-            "repeats": options.repeats,
+            "samples": plan.samples[planned.subject.name] * count,
+            "repeats": count,
             "peak_bytes": max((record.peak_bytes or 0 for record in records), default=0) or None,
             "batch_size": min((record.batch_size or 0 for record in records), default=0) or None,
             "cells": [record.key for record in records],
+            "by_repeat": {},
+            "floor_by_repeat": {},
+            "intervals": {},
+            "seconds_interval": None,
             "status": failed[0].status if failed else OK,
             "error": failed[0].error if failed else "",
         },

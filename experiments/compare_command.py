@@ -123,6 +123,20 @@ def compare(
     force: Annotated[
         bool, typer.Option("--force", help="Compute again what the folder already holds.")
     ] = False,
+    until_resolved: Annotated[
+        bool,
+        typer.Option(
+            "--until-resolved",
+            help="Add repeats until the best of every column is known, or the budget spent.",
+        ),
+    ] = False,
+    budget_seconds: Annotated[
+        float | None, typer.Option(help="Seconds that --until-resolved may take.")
+    ] = None,
+    max_repeats: Annotated[
+        int | None,
+        typer.Option(help="Repeats that --until-resolved comes to at most. Default: 30."),
+    ] = None,
     throughput: Annotated[
         bool,
         typer.Option(
@@ -185,6 +199,9 @@ def compare(
             scheduler=scheduler,
             cell_timeout=cell_timeout,
             force=force,
+            until_resolved=until_resolved,
+            budget_seconds=budget_seconds,
+            max_repeats=max_repeats,
             throughput=throughput,
         ),
         experiment,

@@ -116,7 +116,7 @@ class ExactJudge(Judge):
             return "exact samples of the classes"
         return (
             "the guided ODE, finely solved"
-            if _eta(cell.solver) == 0
+            if reverse_eta(cell.solver) == 0
             else ("the guided SDE, finely solved")
         )
 
@@ -137,7 +137,7 @@ class ExactJudge(Judge):
     def law(self, cell: Cell) -> object:
         condition = cell.condition
         if condition.law == "guided":
-            return cell.sde, condition, _eta(cell.solver)
+            return cell.sde, condition, reverse_eta(cell.solver)
         return condition.law, None if condition.law == "whole" else condition.label
 
     def _reference(self, cell: Cell, repeat: int) -> tuple[Reference, Tensor]:
@@ -161,7 +161,7 @@ class ExactJudge(Judge):
                 count = int(chosen.sum())
                 x[chosen] = target.sample(count, seed + label, label)[0]
             return x
-        eta = _eta(cell.solver)
+        eta = reverse_eta(cell.solver)
         fine: Solver = ProbabilityFlow("rk4")
         steps = self.fine_steps
         if eta > 0:
@@ -221,7 +221,7 @@ def make_judge(subject: Subject, samples: int, seed: int, machine: Machine) -> J
     raise TypeError(f"no judge for {type(subject).__name__}")
 
 
-def _eta(solver: Solver | Integrator) -> float:
+def reverse_eta(solver: Solver | Integrator) -> float:
     """Which member of the reverse family a solver solves: 0 the ODE, 1 Anderson's SDE."""
     inner = getattr(solver, "predictor", solver)
     return float(getattr(inner, "eta", 1.0)) if solver.stochastic else 0.0

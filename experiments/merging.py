@@ -15,6 +15,7 @@ from typing import Any
 from experiments.estimates import estimate
 from experiments.folders import prepare_out
 from experiments.records import OK, Record
+from experiments.resolving import ranked
 from experiments.results import RESULTS, SCHEMA_VERSION, plain, write_whole
 from experiments.runs import Identity, Run, identity, in_words
 from experiments.store import CellStore
@@ -42,7 +43,7 @@ def merge(a: Run, b: Run, out: str, command: str) -> Path:
         if Path(out).expanduser().resolve() == run.path.resolve():
             raise ValueError(f"--out {out!r} is one of the runs; name another folder")
     records = _union(a, b)
-    rows = _rows(a, b, records)
+    rows = ranked(_rows(a, b, records))  # a column may have more rows than it had in either
     path = prepare_out(out)
     store = CellStore(path)
     for key, record in records.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from experiments.draw import make_machine
 from experiments.folders import default_out
 from experiments.judging import Cell, Judge
 from experiments.pool import Pool, usable_cores
+from experiments.resolving import MAX_REPEATS, Column
 from experiments.spec import parse_solver, spec_of
 from experiments.subjects import ExactSubject, ModelSubject, Subject, SubjectOptions, make_subjects
 from experiments.work import judge_of, time_limit
@@ -33,7 +34,7 @@ _WORTH_PROCESSES = 8e6  # such units, some seconds of work, make up for starting
 # Options that say how a run is computed, and change no figure.
 HOW = (
     *("out", "batch_size", "device", "jobs", "scheduler", "cell_timeout", "force"),
-    "throughput",
+    *("throughput", "until_resolved", "budget_seconds", "max_repeats"),
 )
 
 
@@ -64,6 +65,9 @@ class CompareOptions:
     scheduler: str | None = None
     cell_timeout: float | None = None
     force: bool = False
+    until_resolved: bool = False
+    budget_seconds: float | None = None
+    max_repeats: int | None = None
     throughput: bool = False
 
 
@@ -75,6 +79,11 @@ class PlannedCell:
     cell: Cell
     budget: int | None
     steps: int | None
+
+    @property
+    def column(self) -> Column:
+        """The column of a table that its row stands in."""
+        return self.subject.name, self.cell.sde, self.cell.condition.guided_by, self.budget
 
     def __str__(self) -> str:
         condition = f" · {self.cell.condition}" if str(self.cell.condition) else ""
@@ -98,10 +107,22 @@ class Plan:
     samples: dict[str, int]
     judging: Judging = "distance"
     experiment: str = "compare"
+    repeats: dict[Column, int] = field(default_factory=dict)  # where not ``options.repeats``
+
+    def repeats_of(self, planned: PlannedCell) -> int:
+        """How many repeats a cell has."""
+        return self.repeats.get(planned.column, self.options.repeats)
+
+    @property
+    def max_repeats(self) -> int | None:
+        """The most that --until-resolved comes to; None where only the time is limited."""
+        if self.options.max_repeats is None and self.options.budget_seconds is None:
+            return MAX_REPEATS
+        return self.options.max_repeats
 
     def tasks(self, planned: PlannedCell) -> list[Task]:
         """The repeats of a cell."""
-        return [self._task("cell", planned, r) for r in range(self.options.repeats)]
+        return [self._task("cell", planned, r) for r in range(self.repeats_of(planned))]
 
     def fine_task(self, planned: PlannedCell, repeat: int) -> Task | None:
         """What a solver without noise is compared with sample by sample; None for others."""
@@ -224,6 +245,18 @@ def check_numbers(options: CompareOptions) -> None:
         )
     if options.cell_timeout is not None:
         require_finite("--cell-timeout", options.cell_timeout, above=0.0)
+    _check_resolving(options)
+
+
+def _check_resolving(options: CompareOptions) -> None:
+    given = {"--budget-seconds": options.budget_seconds, "--max-repeats": options.max_repeats}
+    for name, value in given.items():
+        if value is not None and not options.until_resolved:
+            raise ValueError(f"{name} {value:g} limits --until-resolved: add it, or leave it out")
+    if options.budget_seconds is not None:
+        require_finite("--budget-seconds", options.budget_seconds, above=0.0)
+    if options.max_repeats is not None:
+        require_count("--max-repeats", options.max_repeats, least=options.repeats)
 
 
 def cells_of(

@@ -51,9 +51,12 @@ def legend(rows: Rows) -> Text:
     """What the colours and columns mean."""
     text = Text()
     text.append("bold", style=BEST)
-    text.append(": best of its column; ")
+    text.append(": the best of its column; ")
     text.append("green", style=TIED)
-    text.append(": not told apart from it (2 standard errors). ± one standard error over repeats.")
+    text.append(
+        ": may be (differences by repeat, 5 % error for a column). ± one standard error over "
+        "repeats; results.json has 95 % intervals."
+    )
     if any(row.get("budget") is None for row in rows):
         text.append(" own steps: the solver chooses them; measured evaluations after @.")
     return text
@@ -110,13 +113,13 @@ def _target_table(target: str, rows: Rows) -> Table:
 
 
 def _add_solvers(table: Table, rows: Rows, primary: str, budgets: Sequence[int], own: bool) -> None:
-    best = {budget: _best(_at(rows, budget), primary) for budget in budgets}
+    told = {b: any((r.get("rank") or [1])[0] > 1 for r in _at(rows, b)) for b in budgets}
     for spec in in_order([row["spec"] for row in rows]):
         line = [row for row in rows if row["spec"] == spec]
         cells: list[Text] = [Text(f"  {spec}")]
         for budget in budgets:
             found = _at(line, budget)
-            cells.append(_cell(found[0], primary, best[budget]) if found else Text("·", FAINT))
+            cells.append(_cell(found[0], primary, told[budget]) if found else Text("·", FAINT))
         if own:
             cells.append(_own(line, primary))
         slowest = max(line, key=lambda row: (row["nfe"], row["seconds"]))
@@ -164,18 +167,13 @@ def _floor_words(row: Mapping[str, Any], rows: Rows) -> str:
     return f"floor: {'ODE vs ODE' if 'ODE' in row['truth'] else 'SDE vs SDE'}"
 
 
-def _cell(row: Mapping[str, Any], metric: str, best: Mapping[str, Any] | None) -> Text:
+def _cell(row: Mapping[str, Any], metric: str, told: bool) -> Text:
+    """A figure; ``told``: whether anything is known of who is best in its column."""
     found = row["metrics"].get(metric)
     if found is None:
         return Text("failed", style="red")
-    style = ""
-    if best is not None:
-        top = best["metrics"][metric]
-        noise = math.hypot(found["stderr"] or 0.0, top["stderr"] or 0.0)
-        if row is best:
-            style = BEST
-        elif found["value"] is not None and abs(found["value"] - top["value"]) <= 2 * noise:
-            style = TIED
+    best, worst = row.get("rank") or (0, 0)
+    style = (BEST if worst == 1 else TIED) if best == 1 and told else ""
     return Text(number(**found), style=style)
 
 
@@ -187,14 +185,6 @@ def _own(line: Rows, metric: str) -> Text:
     return Text(f"{number(**row['metrics'][metric])} @ {row['nfe']:.4g}")
 
 
-def _best(rows: Rows, metric: str) -> Mapping[str, Any] | None:
-    known = [row for row in rows if (row["metrics"].get(metric) or {}).get("value") is not None]
-    if len(known) < 2:
-        return None
-    sign = 1 if METRICS[metric].lower_is_better else -1
-    return min(known, key=lambda row: sign * row["metrics"][metric]["value"])
-
-
 def _at(rows: Rows, budget: int) -> list[Mapping[str, Any]]:
     return [row for row in rows if row["budget"] == budget]
 
@@ -202,14 +192,16 @@ def _at(rows: Rows, budget: int) -> list[Mapping[str, Any]]:
 def _caption(rows: Iterable[Mapping[str, Any]]) -> Text:
     rows = list(rows)
     first = rows[0]
-    repeats = first["repeats"]
+    counts = sorted({row["repeats"] for row in rows})
+    repeats = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     truths = in_order([row["truth"] for row in rows])
     classes = in_order([row["classes"] for row in rows if row["classes"]])
     of = f" ({', '.join(classes)})" if classes else ""
     sampled = in_order([row["guided_by"] for row in rows])
     guided = f", {sampled[0]}" if len(sampled) == 1 and sampled[0] != "unguided" else ""
+    size = first["samples"] // first["repeats"]
     return Text(
-        f"{first['samples'] // repeats:,} samples × {repeats} repeats{of}{guided}, against "
+        f"{size:,} samples × {repeats} repeats{of}{guided}, against "
         f"{'; or '.join(truths)}. Seconds: all samples at the most evaluations.",
         style=FAINT,
     )

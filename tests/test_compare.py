@@ -40,7 +40,7 @@ def compared(folder: Path, **options: Any) -> compare.Outcome:
 
 def figures(outcome: compare.Outcome) -> list[dict[str, Any]]:
     """Rows without what the machine says."""
-    clock = {"seconds", "peak_bytes", "batch_size"}
+    clock = {"seconds", "seconds_interval", "peak_bytes", "batch_size"}
     return [{k: v for k, v in row.items() if k not in clock} for row in outcome.folder.rows]
 
 
