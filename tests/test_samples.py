@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.subjects import _real_data
+from experiments.real_data import real_data
 from sde_diffusion import VPSDE
 from sde_diffusion.checkpoints import FeatureStatistics, load_model
 from sde_diffusion.data import DataDescription, Dataset, Preparation, Scaling, load_data
@@ -454,7 +454,7 @@ def test_training_takes_images_from_disk(tmp_path: Path) -> None:
         rtol=1e-2,  # the folder keeps the judge in float16
         atol=1e-2,
     )
-    real = _real_data(one, None)
+    real = real_data(one, None)
     assert real is not None
     assert real.digest() == data.digest()
 
