@@ -10,10 +10,10 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from experiments.work import Done, perform, record_of
 
 Work = tuple[Task, Tensor | None]
 _GRACE = 20.0  # seconds beyond a cell's own limit before its process is ended
-_ATTEMPTS = 2  # of a cell whose process died: it may have been beside the culprit
+_ATTEMPTS = 2  # by itself, of a cell whose process died: memory may have been short for a moment
 
 
 @dataclass(frozen=True)
@@ -72,38 +72,59 @@ def _alone(index: int, task: Task, fine: Tensor | None, marks: str | None) -> tu
 
 
 def _in_processes(jobs: int, work: Sequence[Work]) -> Iterator[tuple[Task, Done]]:
-    """Processes of joblib's; one that dies or hangs costs only the cell it was at."""
+    """Processes of joblib's; one that dies or hangs costs only the cell it was at.
+
+    When a process dies or hears no signal, all processes are ended, and nobody knows which cell was
+    at fault: those that were under way are computed again one at a time.
+    """
+    left = dict(enumerate(work))
+    while left:
+        lost = yield from _together(jobs, left)
+        for index in lost.under_way:
+            task, fine = left.pop(index)
+            yield from _by_itself(task, fine)
+
+
+def _by_itself(task: Task, fine: Tensor | None) -> Iterator[tuple[Task, Done]]:
+    for _ in range(_ATTEMPTS):
+        alone = {0: (task, fine)}
+        lost = yield from _together(2, alone)  # joblib's pool of one would be this process
+        if not alone:
+            return
+        if lost.hung:
+            break
+    yield task, _lost(task, lost.hung)
+
+
+class _Lost(NamedTuple):
+    """What a pool that broke was at."""
+
+    under_way: list[int]
+    hung: bool
+
+
+def _together(jobs: int, left: dict[int, Work]) -> Generator[tuple[Task, Done], None, _Lost]:
+    """Compute what is left, taking away what is finished, until all is, or the pool breaks."""
     from joblib import Parallel, delayed
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-    left = dict(enumerate(work))
-    attempts: dict[int, int] = {}
-    limit = max((task.seconds for task, _ in work if task.seconds is not None), default=None)
-    while left:
-        with tempfile.TemporaryDirectory(prefix="sde-diffusion-") as marks:
-            parallel = Parallel(
-                n_jobs=jobs,
-                return_as="generator_unordered",
-                batch_size=1,
-                timeout=None if limit is None else limit + _GRACE,
-            )
-            calls = (delayed(_alone)(index, *left[index], marks) for index in list(left))
-            try:
-                for index, done in parallel(calls):
-                    task, _ = left.pop(index)
-                    yield task, done
-            except (TerminatedWorkerError, multiprocessing.TimeoutError, TimeoutError) as error:
-                for index in _under_way(Path(marks), left):
-                    attempts[index] = attempts.get(index, 0) + 1
-                    hung = not isinstance(error, TerminatedWorkerError)
-                    if hung or attempts[index] == _ATTEMPTS:
-                        task, _ = left.pop(index)
-                        yield task, _lost(task, hung)
-
-
-def _under_way(marks: Path, left: dict[int, Any]) -> list[int]:
-    """Cells that were begun and not finished."""
-    return [index for index in left if (marks / str(index)).exists()]
+    limit = max((task.seconds for task, _ in left.values() if task.seconds), default=None)
+    with tempfile.TemporaryDirectory(prefix="sde-diffusion-") as marks:
+        parallel = Parallel(
+            n_jobs=jobs,
+            return_as="generator_unordered",
+            batch_size=1,
+            timeout=None if limit is None else limit + _GRACE,
+        )
+        calls = (delayed(_alone)(index, *left[index], marks) for index in list(left))
+        try:
+            for index, done in parallel(calls):
+                task, _ = left.pop(index)
+                yield task, done
+        except (TerminatedWorkerError, multiprocessing.TimeoutError, TimeoutError) as error:
+            under_way = [index for index in left if (Path(marks) / str(index)).exists()]
+            return _Lost(under_way, not isinstance(error, TerminatedWorkerError))
+    return _Lost([], False)
 
 
 def _lost(task: Task, hung: bool) -> Done:
