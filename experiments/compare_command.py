@@ -12,9 +12,14 @@ from experiments.options import (
     OUT_HELP,
     SOLVER_HELP,
     Batch,
+    CellTimeout,
     Denoise,
     Device,
+    Force,
     Grid,
+    Jobs,
+    Repeats,
+    Scheduler,
     Seed,
     given_names,
     numbers,
@@ -101,7 +106,7 @@ def compare(
             "networks."
         ),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Independent repeats, for standard errors.")] = 3,
+    repeats: Repeats = 3,
     seed: Seed = 0,
     batch_size: Batch = None,
     device: Device = "cpu",
@@ -110,19 +115,10 @@ def compare(
     out: Annotated[
         str | None, typer.Option(help=OUT_HELP + " Default: runs/compare-…, by the options.")
     ] = None,
-    jobs: Annotated[
-        int | None,
-        typer.Option(help="Processes. Default: one for each core, where there is enough to do."),
-    ] = None,
-    scheduler: Annotated[
-        str | None, typer.Option(help="Address of a Dask scheduler, tcp://host:8786.")
-    ] = None,
-    cell_timeout: Annotated[
-        float | None, typer.Option(help="Seconds after which a cell has failed. Default: none.")
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Compute again what the folder already holds.")
-    ] = False,
+    jobs: Jobs = None,
+    scheduler: Scheduler = None,
+    cell_timeout: CellTimeout = None,
+    force: Force = False,
     until_resolved: Annotated[
         bool,
         typer.Option(

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from experiments.failures import guarded
+from experiments.options import OdeSolver, OdeSteps, Tolerance
 
 
 @guarded
@@ -28,15 +29,9 @@ def interpolate(
         bool, typer.Option("--classes", help="Each sample's latent, decoded in every class.")
     ] = False,
     temperature: Annotated[float, typer.Option(help="Of the latents on the paths.")] = 1.0,
-    solver: Annotated[str, typer.Option(help="An ODE solver: NAME or NAME:key=value.")] = (
-        "tsitouras"
-    ),
-    steps: Annotated[
-        int | None, typer.Option(help="Fixed steps, even in log-SNR. Default: chosen by error.")
-    ] = None,
-    tolerance: Annotated[
-        float | None, typer.Option(help="Of chosen steps. Default: 1e-6, networks 1e-4.")
-    ] = None,
+    solver: OdeSolver = "tsitouras",
+    steps: OdeSteps = None,
+    tolerance: Tolerance = None,
     seed: Annotated[int, typer.Option(help="Chooses the samples.")] = 0,
     out: Annotated[
         str | None, typer.Option(help="Folder to write. Default: runs/interpolate-…")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from experiments.failures import guarded
+from experiments.options import OdeSolver, OdeSteps, Tolerance
 
 
 @guarded
@@ -38,15 +39,9 @@ def likelihood(
     probe_law: Annotated[str, typer.Option(help="Of hutchinson: rademacher, gaussian.")] = (
         "rademacher"
     ),
-    solver: Annotated[str, typer.Option(help="An ODE solver: NAME or NAME:key=value.")] = (
-        "tsitouras"
-    ),
-    steps: Annotated[
-        int | None, typer.Option(help="Fixed steps, even in log-SNR. Default: chosen by error.")
-    ] = None,
-    tolerance: Annotated[
-        float | None, typer.Option(help="Of chosen steps. Default: 1e-6, networks 1e-4.")
-    ] = None,
+    solver: OdeSolver = "tsitouras",
+    steps: OdeSteps = None,
+    tolerance: Tolerance = None,
     prior: Annotated[
         str, typer.Option(help="At t_max: standard, moments (of the data), exact (targets).")
     ] = "standard",

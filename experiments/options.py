@@ -29,6 +29,27 @@ Denoise = Annotated[
     typer.Option("--denoise/--no-denoise", help="End with the estimate of x0; one evaluation."),
 ]
 Grid = Annotated[str | None, typer.Option(help=GRID_HELP)]
+Repeats = Annotated[int, typer.Option(help="Independent repeats, for standard errors.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option(help="Processes. Default: one for each core, where there is enough to do."),
+]
+Scheduler = Annotated[
+    str | None, typer.Option(help="Address of a Dask scheduler, tcp://host:8786.")
+]
+CellTimeout = Annotated[
+    float | None, typer.Option(help="Seconds after which a cell has failed. Default: none.")
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Compute again what the folder already holds.")
+]
+OdeSolver = Annotated[str, typer.Option(help="An ODE solver: NAME or NAME:key=value.")]
+OdeSteps = Annotated[
+    int | None, typer.Option(help="Fixed steps, even in log-SNR. Default: chosen by error.")
+]
+Tolerance = Annotated[
+    float | None, typer.Option(help="Of chosen steps. Default: 1e-6, networks 1e-4.")
+]
 
 
 def whole_numbers(option: str, texts: list[str] | None) -> list[int]:
