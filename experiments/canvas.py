@@ -67,10 +67,14 @@ def picture(path: str | os.PathLike[str], height: float, width: float = WIDTH) -
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-        FigureCanvasAgg(figure)
+        canvas = FigureCanvasAgg(figure)
         yield figure
+        # savefig would draw twice, once only for the layout.
+        if (layout := figure.get_layout_engine()) is not None:
+            layout.execute(figure)
+            figure.set_layout_engine("none")
         try:
-            figure.savefig(temporary, format="png", dpi=DPI)
+            canvas.print_png(temporary)
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)

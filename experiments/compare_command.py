@@ -26,6 +26,7 @@ from experiments.options import (
     parts,
     whole_numbers,
 )
+from experiments.worker_start import prepare_workers
 
 
 @guarded
@@ -164,7 +165,8 @@ def compare(
 
       sde-diffusion compare examples/compare.toml --seed 1
     """
-    started = time.monotonic()  # what follows imports torch and all
+    started = time.monotonic()
+    prepare_workers(jobs, scheduler, device)  # what follows imports torch and all
     from experiments.commands import run_compare
     from experiments.compare import BUDGETS, SOLVERS, CompareOptions
     from experiments.experiment_file import combined, naming_keys

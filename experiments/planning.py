@@ -14,11 +14,12 @@ from experiments.conditions import Condition, make_conditions
 from experiments.draw import make_machine
 from experiments.folders import default_out
 from experiments.judging import Cell, Judge
-from experiments.pool import Pool, usable_cores
+from experiments.pool import Pool
 from experiments.resolving import MAX_REPEATS, Column
 from experiments.spec import parse_solver, spec_of
 from experiments.subjects import ExactSubject, ModelSubject, Subject, SubjectOptions, make_subjects
 from experiments.work import judge_of, time_limit
+from experiments.worker_start import usable_cores
 from sde_diffusion.errors import require_count, require_finite
 from solvers import Integrator, ProbabilityFlow, Solver, grids
 from solvers.catalogue import is_users

@@ -7,7 +7,6 @@ one, or whether two do.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -178,10 +177,3 @@ def connect(address: str) -> Any:
         raise ValueError(
             f"--scheduler {address!r} does not answer ({error}); start one with: dask scheduler"
         ) from None
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

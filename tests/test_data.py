@@ -41,6 +41,17 @@ def test_digits_are_scaled_split_and_named() -> None:
     torch.testing.assert_close(raw, raw.round(), rtol=0, atol=1e-6)
 
 
+def test_digits_are_those_of_scikit_learn() -> None:
+    """Read from its file, without importing it; in another order, as the split is drawn."""
+    sklearn_digits = pytest.importorskip("sklearn.datasets").load_digits()
+    data = load_data("digits")
+    pixels = torch.cat([data.train_x, data.test_x]).flatten(1)
+    labels = torch.cat([data.train_y, data.test_y])
+    ours = sorted(zip(((pixels + 1) * 8).tolist(), labels.tolist(), strict=True))
+    theirs = sorted(zip(sklearn_digits.data.tolist(), sklearn_digits.target.tolist(), strict=True))
+    assert ours == theirs
+
+
 def test_the_held_out_part_has_every_class_in_proportion() -> None:
     data = load_data("digits")
     assert data.train_y is not None
