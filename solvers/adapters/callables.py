@@ -15,8 +15,8 @@ Parameters with a default that is a number, a word, a truth value or None are se
 
 ``sigmas`` are those of the run's grid and end at ``t_min``, as every solver's do; k-diffusion's end
 with a zero, which the setting ``append_zero`` adds. Levels beyond the SDE's range are evaluated at
-its end. What is the same method gives the same samples to rounding; ``sample_dpmpp_2m`` is not quite
-``DPMSolverPP(2)``, whose docstring says by what.
+its end. What is the same method gives the same samples to rounding; ``sample_dpmpp_2m`` is not
+quite ``DPMSolverPP(2)``, whose docstring says by what.
 """
 
 from __future__ import annotations
