@@ -15,7 +15,7 @@ from solvers import Integrator, Solver, sample
 
 _TIMES_TOLERANCE = 1000.0  # error at the end over tolerance per step: fehlberg2 has some hundreds
 _MONTE_CARLO = 20_000
-_MONTE_CARLO_ADAPTIVE = 4_000  # whose every sample takes some hundred attempts of its own
+_MONTE_CARLO_ADAPTIVE = 2_000  # whose every sample takes some hundred attempts of its own
 _SETTLES = 4  # the highest order whose slope settles above rounding on the wide Gaussian
 
 
