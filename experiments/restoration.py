@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,11 +153,9 @@ def restore(
     started = time.perf_counter()
     parts = []
     for ids in torch.arange(len(y)).split(rows):
-        part = y[ids.to(y.device)]
-        draw = _by_particles if method == "smc" else _by_sampler
-        parts.append(
-            draw(method, score_fn, sde, measurement, part, (len(ids), *event_shape), ids, settings)
-        )
+        shape = len(ids), *event_shape
+        part = _Part(score_fn, sde, measurement, y[ids.to(y.device)], shape, ids, settings)
+        parts.append(_by_particles(part) if method == "smc" else _by_sampler(method, part))
     seconds = time.perf_counter() - started
     counts = [len(part.x) / len(y) for part in parts]
     ess = None
@@ -171,16 +170,20 @@ def restore(
     )
 
 
-def _by_sampler(
-    method: str,
-    score_fn: ScoreFn,
-    sde: SDE,
-    measurement: LinearMeasurement,
-    y: Tensor,
-    shape: tuple[int, ...],
-    ids: Tensor,
-    settings: Settings,
-) -> Restored:
+class _Part(NamedTuple):
+    """The samples that are restored together."""
+
+    score_fn: ScoreFn
+    sde: SDE
+    measurement: LinearMeasurement
+    y: Tensor
+    shape: tuple[int, ...]
+    ids: Tensor
+    settings: Settings
+
+
+def _by_sampler(method: str, part: _Part) -> Restored:
+    score_fn, sde, measurement, y, shape, ids, settings = part
     solver, spread = settings.solver, settings.data_std
     scale: Scale = settings.scale
     if settings.below is not None:
@@ -209,16 +212,8 @@ def _by_sampler(
     return Restored(run.x.cpu(), run.nfe, run.network_passes, 0.0)
 
 
-def _by_particles(
-    method: str,
-    score_fn: ScoreFn,
-    sde: SDE,
-    measurement: LinearMeasurement,
-    y: Tensor,
-    shape: tuple[int, ...],
-    ids: Tensor,
-    settings: Settings,
-) -> Restored:
+def _by_particles(part: _Part) -> Restored:
+    score_fn, sde, measurement, y, shape, ids, settings = part
     count = settings.particles
     run = smc_sample(
         score_fn,

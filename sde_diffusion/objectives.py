@@ -147,15 +147,9 @@ class Scaled:
     loss: Loss
     factor: float
 
-    def __call__(
-        self,
-        model: ParametrizedModel,
-        x0: Tensor,
-        label: Tensor | None,
-        level: NoiseLevel,
-        noise: Tensor,
-    ) -> Tensor:
-        return self.factor * self.loss(model, x0, label, level, noise)
+    def __call__(self, *arguments: Any) -> Tensor:
+        """What the loss is called with."""
+        return self.factor * self.loss(*arguments)
 
 
 @dataclass(frozen=True)

@@ -191,8 +191,8 @@ def vp_levels(decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class VPSDE(SDE):
-    """Variance preserving, ``beta(t)`` linear (Song et al. 2021, eq. 32-33; the limit of DDPM)."""
+class _LinearBeta(SDE):
+    """``beta(t)`` from ``beta_min`` at 0 to ``beta_max`` at 1, linear in t."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -202,6 +202,11 @@ class VPSDE(SDE):
     def __post_init__(self) -> None:
         _check_betas(self.beta_min, self.beta_max)
         self._check_times()
+
+
+@dataclass(frozen=True)
+class VPSDE(_LinearBeta):
+    """Variance preserving, ``beta(t)`` linear (Song et al. 2021, eq. 32-33; the limit of DDPM)."""
 
     def _schedule(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         decay, beta = _linear_decay(t, self.beta_min, self.beta_max)
@@ -247,18 +252,9 @@ class CosineVPSDE(SDE):
 
 
 @dataclass(frozen=True)
-class SubVPSDE(SDE):
+class SubVPSDE(_LinearBeta):
     """Sub-variance-preserving: VP's alpha, ``sigma = 1 - alpha^2`` (Song et al. 2021, eq.
     27-29)."""
-
-    beta_min: float = 0.1
-    beta_max: float = 20.0
-    t_min: float = 1e-3
-    t_max: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_betas(self.beta_min, self.beta_max)
-        self._check_times()
 
     def _schedule(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         decay, beta = _linear_decay(t, self.beta_min, self.beta_max)

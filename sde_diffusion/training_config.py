@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 AUTO = "auto"
-_DEFAULTS = TrainSettings()
+_DEFAULTS, _RUN = TrainSettings(), RunOptions()
 
 
 @dataclass(frozen=True)
@@ -96,18 +96,18 @@ class RunTable:
 
     seed: int = 0
     out: str | None = None
-    device: str = "cpu"
+    device: str = _RUN.device
     mixed_precision: str = "no"
     accumulate: int = 1
-    compile: bool = False
-    checkpoint_every: int = 500
-    keep_last: int = 2
-    validate_every: int = 0
-    validation_buckets: int = 8
-    validation_samples: int = 1024
-    samples_every: int = 0
-    log_every: int = 50
-    trackers: tuple[str, ...] = ()
+    compile: bool = _RUN.compile
+    checkpoint_every: int = _RUN.checkpoint_every
+    keep_last: int = _RUN.keep_last
+    validate_every: int = _RUN.validate_every
+    validation_buckets: int = _RUN.validation_buckets
+    validation_samples: int = _RUN.validation_samples
+    samples_every: int = _RUN.samples_every
+    log_every: int = _RUN.log_every
+    trackers: tuple[str, ...] = _RUN.trackers
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from solvers.ito.run import sample_ito
 from solvers.jacobian import Memory
 from solvers.likelihood import log_likelihood
 from solvers.likelihood_bound import likelihood_bound
+from solvers.methods.edm_heun import EDMHeun as EDMStochasticHeun
 from solvers.noise import BrownianPath, CounterNoise, Noise, RecordedNoise
 from solvers.plans import FixedGrid, Plan
 from solvers.repaint import RePaint
@@ -30,6 +31,7 @@ __all__ = [
     "BrownianPath",
     "Corrector",
     "CounterNoise",
+    "EDMStochasticHeun",
     "FixedGrid",
     "Integrator",
     "Memory",

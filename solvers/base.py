@@ -88,9 +88,8 @@ class Stepped(NamedTuple):
     error: Tensor | None = None
 
 
-class Solver(ABC):
-    """A method that advances the state by one step. Subclasses are frozen dataclasses of
-    settings."""
+class _Declared(ABC):
+    """What a method says of itself, and tests measure."""
 
     @property
     @abstractmethod
@@ -100,12 +99,17 @@ class Solver(ABC):
     @property
     @abstractmethod
     def stochastic(self) -> bool:
-        """Whether ``step`` draws noise."""
+        """Whether noise is drawn."""
 
     @property
     def weak_order(self) -> int:
         """Declared order of mean and variance, where ``order`` says something else."""
         return self.order
+
+
+class Solver(_Declared):
+    """A method that advances the state by one step. Subclasses are frozen dataclasses of
+    settings."""
 
     @property
     def error_order(self) -> float | None:
@@ -164,7 +168,7 @@ class Corrector(ABC):
         """Move ``x`` at ``level``, within ``step``; noise slots from 1 on are the corrector's."""
 
 
-class Integrator(ABC):
+class Integrator(_Declared):
     """A method that owns its loop: an adapter to another library.
 
     Attributes:
@@ -173,21 +177,6 @@ class Integrator(ABC):
     """
 
     differentiable: ClassVar[tuple[bool | str, ...]] = ()
-
-    @property
-    @abstractmethod
-    def order(self) -> int:
-        """Declared order."""
-
-    @property
-    @abstractmethod
-    def stochastic(self) -> bool:
-        """Whether noise is drawn."""
-
-    @property
-    def weak_order(self) -> int:
-        """Declared order of mean and variance, where ``order`` says something else."""
-        return self.order
 
     @property
     @abstractmethod

@@ -24,6 +24,7 @@ catalogue = sys.modules["solvers.catalogue"]
 ENTRIES = catalogue_function()
 
 NAMES = {
+    "adaptive_sde": ("SDE", 2),
     "ancestral": ("SDE", 1),
     "annealed_langevin": ("corrector", None),
     "ddim": ("ODE", 1),
@@ -168,6 +169,12 @@ def test_and_is_gone_with_its_file() -> None:
 
 NAN, INF = math.nan, math.inf
 INVALID: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("adaptive_sde", {"pair": "sra1"}, TypeError, "pair must be a Solver such as ImprovedEuler"),
+    ("adaptive_sde", {"pair": solvers.DDIM(1.0)}, ValueError, "pair must draw noise and estimate"),
+    ("adaptive_sde", {"pair": solvers.Tsitouras()}, ValueError, "for the ODE, use sample"),
+    ("adaptive_sde", {"rtol": 0}, ValueError, "rtol must be a finite number greater than 0, got 0"),
+    ("adaptive_sde", {"atol": NAN}, ValueError, "atol must be a finite number greater than 0"),
+    ("adaptive_sde", {"max_steps": 0}, ValueError, "max_steps must be at least 1, got 0"),
     ("ancestral", {"eta": -0.1}, ValueError, r"eta must lie in \[0, 1\], got -0.1"),
     ("ancestral", {"eta": 1.1}, ValueError, r"eta must lie in \[0, 1\], got 1.1"),
     ("ancestral", {"eta": NAN}, ValueError, "eta must be a finite number, got nan"),

@@ -245,6 +245,18 @@ def test_shared_paths_are_one_path() -> None:
     assert torch.allclose(*increments, rtol=1e-12)
 
 
+def test_a_part_of_shared_paths_has_their_noise() -> None:
+    paths, part = BENCH.paths("vp"), torch.tensor([40, 3, 17])
+    times = uniform_grid(paths.sde, 256)
+    step = Step(3, *(paths.sde.at(float(times[k])) for k in (96, 128)))
+    some = paths.noise.select(part)
+    for slot in (0, 1):
+        assert torch.equal(some(paths.x[part], step, slot), paths.noise(paths.x, step, slot)[part])
+    assert torch.equal(some.prior(paths.x[part]), paths.noise.prior(paths.x)[part])
+    again = some.select(torch.tensor([2]))
+    assert torch.equal(again(paths.x[[17]], step), paths.noise(paths.x, step)[[17]])
+
+
 # --- the command ---------------------------------------------------------------------------------
 
 MINE = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,8 @@ from sde_diffusion import (
 from solvers import (
     DDIM,
     Ancestral,
+    DPMSolverPP,
+    Integrator,
     ProbabilityFlow,
     RecordedNoise,
     Solution,
@@ -44,6 +47,8 @@ pytestmark = pytest.mark.filterwarnings("default")  # the library's own
 # Their chains are float32: the product of 50 rounded factors (6e-8 each) moves alpha_bar by up to
 # 3e-6, and the state by as much of its size.
 FLOAT32_CHAIN = 1e-5
+_HEUN = {"lower_order_final": False, "solver_type": "heun"}
+_PUBLISHED_2M = parse_solver("tests.samplers:dpmpp_2m")
 
 
 def assert_equal_to_their_rounding(found: Tensor, ours: Tensor) -> None:
@@ -115,10 +120,13 @@ def test_every_sde_is_served_in_every_convention(name: str, sde: SDE) -> None:
     [
         ("HeunDiscreteScheduler", {}, ProbabilityFlow("heun")),
         ("UniPCMultistepScheduler", {"lower_order_final": False}, UniPC(2)),
+        # The default, "midpoint", is the algorithm as published: tests.samplers.dpmpp_2m.
+        ("DPMSolverMultistepScheduler", _HEUN, DPMSolverPP(2)),
+        ("DPMSolverMultistepScheduler", {"lower_order_final": False}, _PUBLISHED_2M),
     ],
 )
 def test_second_order_methods_are_ours_on_the_schedulers_levels(
-    name: str, settings: dict[str, bool], ours: Solver, sde: SDE
+    name: str, settings: dict[str, Any], ours: Solver | Integrator, sde: SDE
 ) -> None:
     score, shape = named_target("ring").score_fn(sde), (64, 2)
     theirs = diffusers_scheduler(name, use_exponential_sigmas=True, **settings)

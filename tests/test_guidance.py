@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
@@ -15,9 +13,7 @@ from sde_diffusion import (
     EDMSDE,
     VPSDE,
     EpsModel,
-    GaussianMixture,
     NoiseLevel,
-    ScoreFn,
     classifier_free_guided,
     classifier_guided,
     named_target,
@@ -25,37 +21,8 @@ from sde_diffusion import (
 from sde_diffusion.prediction import cost_of, select
 from sde_diffusion.sde import HostedLevel
 from solvers import EulerMaruyama, sample
+from tests.guided import GUIDANCES, assert_scores_agree, states, target_of
 from tests.problems import EXACT_TARGETS, SDES, inner_times
-
-# Classifier and classifier-free guidance of an exact target, called alike.
-GUIDANCES: dict[str, Callable[..., ScoreFn]] = {
-    "classifier": lambda target, sde, label, scale: classifier_guided(
-        target.score_fn(sde), target.classifier(sde), label, scale
-    ),
-    "cfg": lambda target, sde, label, scale: classifier_free_guided(
-        target.model(sde), label, scale
-    ),
-}
-
-
-@cache
-def target_of(name: str) -> GaussianMixture:
-    return named_target(name)
-
-
-def states(
-    target: GaussianMixture, sde: Any, t: float, n: int = 24, dtype: torch.dtype = torch.float64
-) -> Tensor:
-    """States at ``t`` of samples of all classes: most are far from any one class."""
-    x0, _ = target.sample(n, seed=5, dtype=dtype)
-    generator = torch.Generator().manual_seed(6)
-    return sde.perturb(x0, t, torch.randn(x0.shape, generator=generator, dtype=dtype))
-
-
-def assert_scores_agree(found: Tensor, expected: Tensor) -> None:
-    """To 1e-6, the promise, of the larger of 1 and each sample's own score."""
-    scale = expected.abs().amax(1, keepdim=True).clamp_min(1)
-    assert ((found - expected).abs() < 1e-6 * scale).all()
 
 
 @pytest.mark.parametrize("guidance", GUIDANCES)
@@ -350,90 +317,3 @@ def test_guided_scores_are_differentiable_in_x_and_scale(
         return GUIDANCES[guidance](target, sde, 1, scale)(x, sde.at(0.5)).score
 
     assert torch.autograd.gradcheck(score, (x, scale), atol=1e-5, rtol=1e-3)
-
-
-# --- errors --------------------------------------------------------------------------------------
-
-
-class Plain(nn.Module):
-    num_classes = None
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return x
-
-
-RING = named_target("ring")
-VP = VPSDE()
-MODEL = RING.model(VP)
-SCORE, CLASSIFIER = RING.score_fn(VP), RING.classifier(VP)
-NAN = math.nan
-PAIR = torch.tensor([0, 8])
-
-
-@pytest.mark.parametrize(
-    "make, error, message",
-    [
-        (lambda: classifier_guided(SCORE, CLASSIFIER, 8), ValueError, r"label.*0\.\.7.*got 8"),
-        (lambda: classifier_guided(SCORE, CLASSIFIER, -1), ValueError, r"label.*got -1"),
-        (lambda: classifier_guided(SCORE, CLASSIFIER, PAIR), ValueError, r"label.*got 8"),
-        (lambda: classifier_guided(SCORE, CLASSIFIER, None), ValueError, "label=None"),
-        (lambda: classifier_guided(SCORE, CLASSIFIER, "a"), TypeError, "label must be an int"),
-        (lambda: classifier_guided(SCORE, CLASSIFIER, 1, NAN), ValueError, "scale.*nan"),
-        (lambda: classifier_guided(SCORE, CLASSIFIER, 1, math.inf), ValueError, "scale.*inf"),
-        (lambda: classifier_guided(SCORE, CLASSIFIER, 1, "big"), TypeError, "scale.*'big'"),
-        (lambda: classifier_free_guided(MODEL, 8), ValueError, r"label.*0\.\.7.*got 8"),
-        (lambda: classifier_free_guided(MODEL, PAIR, 2.0), ValueError, r"label.*got 8"),
-        (lambda: classifier_free_guided(MODEL, None), ValueError, "label=None"),
-        (lambda: classifier_free_guided(MODEL, 1, NAN), ValueError, "scale.*nan"),
-        (lambda: classifier_free_guided(MODEL, 1, -math.inf), ValueError, "scale.*inf"),
-        (lambda: classifier_free_guided(MODEL, 1, 2.0, (2.0, 1.0)), ValueError, "interval"),
-        (lambda: classifier_free_guided(MODEL, 1, 2.0, (1.0, 1.0)), ValueError, "interval"),
-        (lambda: classifier_free_guided(MODEL, 1, 2.0, (-1.0, 1.0)), ValueError, "interval"),
-        (lambda: classifier_free_guided(MODEL, 1, 2.0, (NAN, 1.0)), ValueError, "interval"),
-        (lambda: classifier_free_guided(MODEL, 1, 1.0, (2.0, 1.0)), ValueError, "interval"),
-        (lambda: classifier_free_guided(MODEL, 1, 2.0, rescale=1.5), ValueError, "rescale"),
-        (lambda: classifier_free_guided(MODEL, 1, 2.0, rescale=-0.1), ValueError, "rescale"),
-        (lambda: classifier_free_guided(MODEL, 1, 2.0, rescale=NAN), ValueError, "rescale"),
-        (
-            lambda: classifier_free_guided(EpsModel(Plain(), VP), 0, 2.0),
-            ValueError,
-            "class-conditional",
-        ),
-    ],
-    ids=range(22),
-)
-def test_a_wrong_argument_is_named_at_construction(
-    make: Callable[[], Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        make()
-
-
-def in_inference_mode() -> Tensor:
-    with torch.inference_mode():
-        labels = torch.tensor([0, 1])
-        x, level = torch.zeros(2, 2), VP.at(0.3)
-        return classifier_guided(SCORE, CLASSIFIER, labels)(x, level).score
-
-
-def test_labels_made_in_inference_mode() -> None:
-    expected = classifier_guided(SCORE, CLASSIFIER, torch.tensor([0, 1]))
-    found = in_inference_mode()
-    assert_scores_agree(found, expected(torch.zeros(2, 2), VP.at(0.3)).score)
-
-
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        (lambda: classifier_guided(SCORE, CLASSIFIER, 1, torch.tensor(NAN)), "scale.*nan"),
-        (lambda: classifier_free_guided(MODEL, 1, torch.tensor([1.0, NAN])), "scale.*nan"),
-        (lambda: classifier_free_guided(MODEL, 1, torch.ones(2, 2)), r"scale.*\(2, 2\)"),
-        (lambda: classifier_free_guided(MODEL, 1, 2.0, (1.0,)), "interval"),  # type: ignore[arg-type]
-        (lambda: classifier_free_guided(MODEL, 1, 2.0, 1.0), "interval"),  # type: ignore[arg-type]
-        (lambda: classifier_free_guided(MODEL, 1, 2.0, rescale="a"), "rescale"),  # type: ignore[arg-type]
-    ],
-    ids=range(6),
-)
-def test_tensors_and_tuples_are_checked_too(make: Callable[[], Any], message: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=message):
-        make()

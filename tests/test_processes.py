@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from sde_diffusion.checkpoints import load_model
-from sde_diffusion.storage import read_json, read_tensors
+from sde_diffusion.storage import read_json
 from sde_diffusion.training_checkpoints import CheckpointStore
+from tests.trained import assert_same, weights
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """
@@ -65,20 +65,6 @@ def finished(folder: Path, words: list[str]) -> None:
         words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    return {
-        f"{file.stem}.{name}": tensor
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, tensor in read_tensors(file)[0].items()
-    }
-
-
-def assert_same(one: Path, two: Path) -> None:
-    a, b = weights(one), weights(two)
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
 @pytest.mark.slow

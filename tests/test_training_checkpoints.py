@@ -14,7 +14,7 @@ from sde_diffusion.checkpoints import CheckpointError, load_model
 from sde_diffusion.storage import read_json, read_tensors, write_json, write_tensors
 from sde_diffusion.training import RunOptions, TrainingInterrupted, train
 from sde_diffusion.training_checkpoints import CheckpointStore, holds_checkpoints
-from tests.test_training import SETTINGS, assert_same, points, run, stop_at
+from tests.trained import SETTINGS, assert_same, points, run, stop_at
 
 
 def store(folder: Path, keep: int = 2, written: int = 3) -> CheckpointStore:

@@ -23,7 +23,7 @@ from sde_diffusion.training_config import (
     to_toml,
 )
 from sde_diffusion.training_settings import TrainSettings
-from tests.test_training import points
+from tests.trained import points
 
 SMALL = """
 [score]

@@ -15,6 +15,7 @@ from solvers import Integrator, Solver, sample
 
 _TIMES_TOLERANCE = 1000.0  # error at the end over tolerance per step: fehlberg2 has some hundreds
 _MONTE_CARLO = 20_000
+_MONTE_CARLO_ADAPTIVE = 2_000  # whose every sample takes some hundred attempts of its own
 _SETTLES = 4  # the highest order whose slope settles above rounding on the wide Gaussian
 
 
@@ -148,17 +149,20 @@ def _no_order_sampled(solver: Solver | Integrator, bench: Bench, sizes: Sizes) -
 def sampled_limit(solver: Solver | Integrator, bench: Bench, sizes: Sizes) -> list[Check]:
     """Mean and variance of samples, where they cannot be computed: the right law within five
     standard errors and a bias of 0.05."""
+    adaptive = isinstance(solver, Integrator) and solver.adaptive
+    count = _MONTE_CARLO_ADAPTIVE if adaptive else _MONTE_CARLO
     worst = 0.0
     for name in sizes.laws:
         law = bench.law(name)
-        end = law.draw(solver, law.grid("uneven", 200), _MONTE_CARLO)
+        end = law.draw(solver, law.grid("uneven", 200), count)
         mean, variance = law.standardised(end)
-        stderr = math.sqrt(1 / _MONTE_CARLO), math.sqrt(2 / _MONTE_CARLO)
+        stderr = math.sqrt(1 / count), math.sqrt(2 / count)
         excess = [
             abs(found) - 5 * error for found, error in zip((mean, variance), stderr, strict=True)
         ]
         worst = max(worst, *(e if math.isfinite(e) else math.inf for e in excess))
-    note = f"{_MONTE_CARLO:,} samples, 200 steps, beyond five standard errors"
+    steps = "its own" if adaptive else "200"
+    note = f"{count:,} samples, {steps} steps, beyond five standard errors"
     measured = f"{max(worst, 0.0):.2g}"
     return [Check("limit", "moments of samples", "≤ 0.05", measured, worst <= 0.05, note)]
 

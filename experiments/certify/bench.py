@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 
@@ -96,7 +97,6 @@ class SummedPath(Noise):
 
     def __init__(self, path: BrownianPath, times: Tensor, x: Tensor) -> None:
         self._path = path
-        self._finest = len(times) - 1
         levels = path.sde.at(times)
         self._clock = levels.sigma_over_alpha.square()
         spans = -self._clock.diff()
@@ -122,8 +122,10 @@ class SummedPath(Noise):
     def prior(self, x: Tensor) -> Tensor:
         return self._path.prior(x)
 
-    def select(self, indices: Tensor) -> Noise:
-        raise NotImplementedError("paths are run whole")
+    def select(self, indices: Tensor) -> SummedPath:
+        part = copy.copy(self)
+        part._path, part._values = self._path.select(indices), self._values[:, indices]
+        return part
 
 
 @dataclass(frozen=True)

@@ -15,24 +15,21 @@ Parameters with a default that is a number, a word, a truth value or None are se
 
 ``sigmas`` are those of the run's grid and end at ``t_min``, as every solver's do; k-diffusion's end
 with a zero, which the setting ``append_zero`` adds. Levels beyond the SDE's range are evaluated at
-its end.
+its end. What is the same method gives the same samples to rounding; ``sample_dpmpp_2m`` is not
+quite ``DPMSolverPP(2)``, whose docstring says by what.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import math
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, make_dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from sde_diffusion.broadcast import expand
 from sde_diffusion.errors import NonFiniteError
@@ -40,6 +37,7 @@ from sde_diffusion.importing import imported
 from sde_diffusion.prediction import Prediction, ScoreFn
 from sde_diffusion.schedules import VPSDE
 from sde_diffusion.sde import SDE, HostedLevel, NoiseLevel
+from solvers.adapters.foreign_noise import GENERATOR, PatchedNormals, seeded
 from solvers.adapters.scaled import counting
 from solvers.base import Integrator, Step, unbound
 from solvers.noise import CounterNoise, Noise
@@ -48,11 +46,9 @@ from solvers.solution import Solution
 Style = Literal["sigmas", "times"]
 _REQUIRED: dict[int, Style] = {3: "sigmas", 5: "times"}
 _GIVEN = frozenset({"extra_args", "callback", "disable", "noise_sampler"})
-_SEED_SLOT = 61  # of the draws that seed torch's generator; far from the slots of solvers
 FORMS = (
     "called (model, x, sigmas, ...), as k-diffusion's are, or (score_fn, sde, x, times, noise, ...)"
 )
-_GENERATOR = threading.RLock()  # torch's CPU generator is one for all threads
 
 
 @dataclass(frozen=True)
@@ -129,10 +125,10 @@ class _CallableSampler(Integrator):
         draws = _draws(self)
         if draws is not None and not (draws.patched or draws.foreign):
             return self.solved(score_fn, sde, x, times, noise)
-        with _Patched(x) as patched:
+        with PatchedNormals(x) as patched:
             if draws is not None and not draws.foreign:
                 return self.solved(score_fn, sde, x, times, noise, patched)
-            with _seeded(x, sde, times, noise):
+            with seeded(x, sde, times, noise):
                 solution = self.solved(score_fn, sde, x, times, noise, patched)
         solution.stats["depends_on_batch"] = self.depends_on_batch
         return solution
@@ -144,7 +140,7 @@ class _CallableSampler(Integrator):
         x: Tensor,
         times: Tensor,
         noise: Noise,
-        patched: _Patched | None = None,
+        patched: PatchedNormals | None = None,
     ) -> Solution:
         """``solve`` as the function does it; ``patched`` is told where noise comes from."""
         counted = counting(score_fn)
@@ -153,7 +149,7 @@ class _CallableSampler(Integrator):
         levels = unbound(sde.at(times), x.device)
         source = _Source(x, sde, times, levels, noise)
         if patched is not None:
-            patched.source = source
+            patched.source = source.draw
         if self.info.style == "times":
             found = self.info.function(counted, sde, x, times, noise, **settings)
             scale: float | Tensor = 1.0
@@ -250,36 +246,6 @@ class _Denoiser:
         return self._score_fn(_alpha(level, x) * x, level).x0
 
 
-class _Patched(TorchFunctionMode):
-    """``torch.randn_like`` of the state answered with the run's noise, which no batch changes."""
-
-    def __init__(self, x: Tensor) -> None:
-        super().__init__()
-        self.source: _Source | None = None
-        self.asked = False
-        self._shape = x.shape
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        ours = func is torch.randn_like and not kwargs and args[0].shape == self._shape
-        if ours and self.source is not None:
-            self.asked = True
-            return self.source.draw().to(args[0])
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _seeded(x: Tensor, sde: SDE, times: Tensor, noise: Noise) -> Iterator[None]:
-    """Torch's generator seeded by the run's noise, and put back afterwards."""
-    start, end = unbound(sde.at(times[[0, -1]]), x.device)
-    drawn = noise(x, Step(0, start, end), _SEED_SLOT).cpu().double().numpy().tobytes()
-    devices = [x.device] if x.device.type == "cuda" else []
-    with _GENERATOR, torch.random.fork_rng(devices=devices):
-        torch.manual_seed(int.from_bytes(hashlib.sha256(drawn).digest()[:8], "big") >> 1)
-        yield
-
-
 _seen: dict[_CallableSampler, _Draws | None] = {}
 
 
@@ -303,7 +269,7 @@ def _measured(solver: _CallableSampler, shape: tuple[int, ...]) -> _Draws:
     times = torch.linspace(sde.t_max, sde.t_min, 9, dtype=torch.float64)
     found = []
     for seed in range(2):
-        with _GENERATOR, torch.random.fork_rng(devices=[]), _Patched(x) as patched:
+        with GENERATOR, torch.random.fork_rng(devices=[]), PatchedNormals(x) as patched:
             torch.manual_seed(seed)
             before = torch.get_rng_state()
             noise = CounterNoise(seed)

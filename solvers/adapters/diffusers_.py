@@ -20,7 +20,7 @@ import math
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import field, fields, make_dataclass
 from functools import cache
 from typing import Any, ClassVar
 
@@ -30,14 +30,14 @@ from torch import Tensor
 from sde_diffusion.errors import unknown_name
 from sde_diffusion.prediction import Prediction, ScoreFn
 from sde_diffusion.sde import SDE, HostedLevel
+from solvers.adapters.diffusers_kinds import PREFIX, SCHEDULERS, Kind
+from solvers.adapters.diffusers_levels import chain_of, ratios_of, set_timesteps
 from solvers.adapters.scaled import counting, evaluated_eps
 from solvers.base import Integrator, Step, unbound
 from solvers.noise import Noise
 from solvers.solution import Solution
 
-PREFIX = "diffusers:"
-CHAIN_LEVELS = 1000
-_SAME_LEVEL = 1e-3  # relative; float32 tables are off by 1e-4 where alpha_bar is near 1
+__all__ = ["PREFIX", "SCHEDULERS", "diffusers_scheduler", "installed", "scheduler_type"]
 _LEAST_VARIANCE = 1e-6  # 1 - alpha_bar that float32 tells from 0 with an error of some per cent
 # Fixed by the SDE: the chain, its range, and that it is no flow-matching path.
 _GIVEN_BY_THE_SDE = frozenset({
@@ -55,46 +55,6 @@ _OUR_DEFAULTS = {
     "final_sigmas_type": "sigma_min",
     "set_alpha_to_one": False,
     "skip_prk_steps": True,
-}
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What the loop must know of a scheduler class.
-
-    Attributes:
-        space: ``vp``: the state is ``y / sqrt(1 + s^2)``; ``sigma``: it is ``y``; ``edm``: it is
-            ``y``, with sigmas instead of a chain and the output in EDM's preconditioned form.
-        order: declared order, or the name of the setting that is it.
-        stochastic: whether it draws noise, whatever its settings.
-        spacing: default of ``timestep_spacing``, where the library's starts short of the end.
-        interpolated: where in ``sigmas_interpol`` the level of a second stage is.
-    """
-
-    space: str
-    order: int | str
-    stochastic: bool = False
-    spacing: str | None = None
-    interpolated: int | None = None
-
-
-SCHEDULERS = {
-    "DDIMScheduler": _Kind("vp", 1, spacing="trailing"),
-    "DDPMScheduler": _Kind("vp", 1, stochastic=True, spacing="linspace"),
-    "DEISMultistepScheduler": _Kind("vp", "solver_order"),
-    "DPMSolverMultistepScheduler": _Kind("vp", "solver_order"),
-    "DPMSolverSinglestepScheduler": _Kind("vp", "solver_order"),
-    "EDMDPMSolverMultistepScheduler": _Kind("edm", "solver_order"),
-    "EDMEulerScheduler": _Kind("edm", 1),
-    "EulerAncestralDiscreteScheduler": _Kind("sigma", 1, stochastic=True),
-    "EulerDiscreteScheduler": _Kind("sigma", 1),
-    "HeunDiscreteScheduler": _Kind("sigma", 2),
-    "KDPM2AncestralDiscreteScheduler": _Kind("sigma", 1, stochastic=True, interpolated=-1),
-    "KDPM2DiscreteScheduler": _Kind("sigma", 2, interpolated=0),
-    "LMSDiscreteScheduler": _Kind("sigma", "order"),
-    "PNDMScheduler": _Kind("vp", 2, spacing="trailing"),
-    "SASolverScheduler": _Kind("vp", "predictor_order", stochastic=True),
-    "UniPCMultistepScheduler": _Kind("vp", "solver_order"),
 }
 
 
@@ -147,9 +107,9 @@ class _DiffusersScheduler(Integrator):
     ) -> Solution:
         counted = counting(score_fn)
         nfe, passes = counted.nfe, counted.network_passes
-        chain = _chain(sde, times)
+        chain = chain_of(sde, times)
         scheduler, kind = self._made(chain), SCHEDULERS[self.scheduler]
-        taken = _set_timesteps(scheduler, kind, self.scheduler, len(times) - 1, x.device)
+        taken = set_timesteps(scheduler, kind, self.scheduler, len(times) - 1, x.device)
         x, ratios = self._run(scheduler, counted, sde, x, times, noise, taken)
         path = sde.time(-torch.tensor(ratios, dtype=torch.float64).clamp_min(1e-300).log())
         path = path.clamp(times[-1], times[0])
@@ -186,7 +146,7 @@ class _DiffusersScheduler(Integrator):
         ratios: list[float] = []
         state, following, end = x, math.nan, level_of(1.0)
         for call in range(taken):
-            ratio, following = _ratios(scheduler, kind, call)
+            ratio, following = ratios_of(scheduler, kind, call)
             level, end = level_of(ratio), level_of(following)
             if not ratios:
                 state = _into(kind, x, level)
@@ -307,83 +267,20 @@ def _step_settings(name: str) -> dict[str, inspect.Parameter]:
     return {k: p for k, p in parameters.items() if k not in _GIVEN_BY_THE_LOOP}
 
 
-def _chain(sde: SDE, times: Tensor) -> Tensor:
-    """``sigma / alpha`` at the chain's levels, increasing, float64."""
-    low, high = times[-1].item(), times[0].item()
-    own = getattr(sde, "times", None)
-    if own is not None and low <= own[0] and high >= own[-1]:
-        return torch.exp(-sde.at(own).half_log_snr)
-    return torch.exp(
-        -sde.at(torch.linspace(low, high, CHAIN_LEVELS, dtype=torch.float64)).half_log_snr
-    )
-
-
-def _set_timesteps(scheduler: Any, kind: _Kind, name: str, steps: int, device: torch.device) -> int:
-    """Choose the discretisation that has ``steps`` steps down to ``t_min``; the calls it makes."""
-    for asked in (steps, steps + 1):
-        try:
-            scheduler.set_timesteps(asked, device=device)
-        except (IndexError, ValueError) as error:
-            raise ValueError(f"{PREFIX}{name} cannot make {steps} steps: {error}") from error
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(0)  # rounded timesteps repeat: go by place, not by value
-        calls = len(scheduler.timesteps)
-        bottom = _lowest(scheduler) * (1 + _SAME_LEVEL)
-        start, end = _ratios(scheduler, kind, calls - 1)
-        if start > bottom >= end:
-            return calls
-    if start > bottom or calls < 2:
-        raise ValueError(f"{PREFIX}{name} does not come down to t_min in {steps} steps")
-    return calls - 1
-
-
-def _lowest(scheduler: Any) -> float:
-    """``sigma / alpha`` at the chain's first level."""
-    alpha_bars = getattr(scheduler, "alphas_cumprod", None)
-    if alpha_bars is None:
-        return float(scheduler.config.sigma_min)
-    return math.sqrt((1 - alpha_bars[0].item()) / alpha_bars[0].item())
-
-
-def _ratios(scheduler: Any, kind: _Kind, call: int) -> tuple[float, float]:
-    """``sigma / alpha`` that the scheduler computes with in this call, and at the step's end."""
-    if not hasattr(scheduler, "sigmas") or not hasattr(scheduler, "step_index"):
-        return _table_ratios(scheduler, call)
-    sigmas = scheduler.sigmas
-    if getattr(scheduler, "state_in_first_order", True):
-        return sigmas[call].item(), sigmas[call + 1].item()
-    if kind.interpolated is None:
-        return sigmas[call].item(), sigmas[call].item()
-    return scheduler.sigmas_interpol[call + kind.interpolated].item(), sigmas[call].item()
-
-
-def _table_ratios(scheduler: Any, call: int) -> tuple[float, float]:
-    """Of a scheduler that goes by timesteps."""
-    timestep = int(scheduler.timesteps[call])
-    if hasattr(scheduler, "previous_timestep"):
-        previous = int(scheduler.previous_timestep(scheduler.timesteps[call]))
-    else:
-        previous = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    start = scheduler.alphas_cumprod[timestep].item()
-    final = getattr(scheduler, "final_alpha_cumprod", torch.ones(()))
-    end = (scheduler.alphas_cumprod[previous] if previous >= 0 else final).item()
-    return math.sqrt((1 - start) / start), math.sqrt((1 - end) / end)
-
-
-def _into(kind: _Kind, x: Tensor, level: HostedLevel) -> Tensor:
+def _into(kind: Kind, x: Tensor, level: HostedLevel) -> Tensor:
     """Our state at a level in the scheduler's convention."""
     y = x / level.alpha.to(x.dtype)
     return y / math.sqrt(1 + level.host_ratio**2) if kind.space == "vp" else y
 
 
-def _out_of(kind: _Kind, state: Tensor, level: HostedLevel, ratio: float) -> Tensor:
+def _out_of(kind: Kind, state: Tensor, level: HostedLevel, ratio: float) -> Tensor:
     """The scheduler's state at a level in ours."""
     y = state * math.sqrt(1 + ratio**2) if kind.space == "vp" else state
     return y * level.alpha.to(y.dtype)
 
 
 def _output(
-    scheduler: Any, kind: _Kind, prediction: Prediction, state: Tensor, ratio: float
+    scheduler: Any, kind: Kind, prediction: Prediction, state: Tensor, ratio: float
 ) -> Tensor:
     """The prediction in the parametrisation the scheduler expects."""
     if kind.space == "edm":

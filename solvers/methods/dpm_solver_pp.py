@@ -15,8 +15,15 @@ class DPMSolverPP(DataPrediction):
     With ``h = half_log_snr(u) - half_log_snr(t)`` and ``a = 1 + eta^2``,
     ``x_u = sigma_u/sigma_t e^(-eta^2 h) x_t + alpha_u a int e^(-a (l_u - l)) x0(l) dl + sigma_u
     sqrt(1 - e^(-2 eta^2 h)) z`` (Lu et al. 2022, arXiv:2211.01095, eq. 8 and 19, for any eta of the
-    reverse family). Unlike the published code, order 3 has order 3: see ``solvers.multistep``. eta
-    = 1 at order 1 is ancestral sampling.
+    reverse family). eta = 1 at order 1 is ancestral sampling.
+
+    x0 is interpolated in l and the integral then taken exactly, at every order. So order 3 has
+    order 3, unlike the published code's: see ``solvers.multistep``. Order 2 is not algorithm 2
+    (k-diffusion's ``sample_dpmpp_2m``, diffusers' default): that weighs the slope ``dx0/dl`` by
+    ``h/2 (1 - e^(-h))``, this by ``h - 1 + e^(-h)``, as diffusers' ``solver_type="heun"`` does.
+    They are ``h^3/12`` apart, of one order and limit; on the named targets the published one's
+    median error at 16 steps was 0.6 to 0.7 of this one's. Near a border between modes so small a
+    difference can decide for another mode.
 
     Args:
         order: 1 to 3; steps with a shorter history use what there is. With eta > 0 the weak order
