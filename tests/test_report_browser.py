@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver"),
 ]
-PHONE = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+PHONE = {"width": 390, "height": 740, "deviceScaleFactor": 2, "mobile": True}
 PATIENCE = 30.0  # seconds for the page to do what was asked, on a busy machine
 
 
@@ -124,8 +124,8 @@ def test_charts_are_drawn_and_only_as_they_come_near(opened: Any) -> None:
         "p => [p.querySelectorAll('.scatterlayer .trace').length,"
         " p.querySelectorAll('.errorbar').length])"
     )
-    # Four samplers, the floor and the front; a bar at each of two numbers of evaluations.
-    assert lines == [[6, 8]] * 4
+    # Four samplers, floor, front and its rings; a bar at each of two numbers of evaluations.
+    assert lines == [[7, 8]] * 4
     shown = "return [...document.images].every(i => i.complete && i.naturalWidth > 30)"
     assert opened.execute_script(shown)
     assert opened.execute_script("return document.images.length") == 2 * 5 + 1
@@ -197,9 +197,9 @@ def test_samplers_can_be_hidden(opened: Any) -> None:
     button = opened.find_element("css selector", "#seconds .key button")
     opened.execute_script("arguments[0].click()", button)
     assert button.get_attribute("aria-pressed") == "false"
-    wait(lambda: opened.execute_script(lines) == [5] * 4)
-    opened.execute_script("arguments[0].click()", button)
     wait(lambda: opened.execute_script(lines) == [6] * 4)
+    opened.execute_script("arguments[0].click()", button)
+    wait(lambda: opened.execute_script(lines) == [7] * 4)
 
 
 @pytest.mark.parametrize("mode", ["light", "dark"])
@@ -208,10 +208,10 @@ def test_a_phone_needs_no_sideways_scrolling(opened: Any, mode: str) -> None:
     scheme(opened, mode)
     draw_all(opened)
     width = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
-    wait(lambda: opened.execute_script(width) == [360, 360])
+    wait(lambda: opened.execute_script(width) == [390, 390])
     beyond = (
         "return [...document.querySelectorAll('.card, .plot .main-svg, h1, pre, nav, input')]"
-        ".filter(e => e.getBoundingClientRect().right > 361).length"
+        ".filter(e => e.getBoundingClientRect().right > 391).length"
     )
     wait(lambda: opened.execute_script(beyond) == 0)
 

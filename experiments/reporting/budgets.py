@@ -1,4 +1,4 @@
-"""Error budgets as stacked bars: of rows with ``parts``, those of ``sde-diffusion error-budget``."""
+"""Error budgets as stacked bars, of rows with ``parts``: what ``error-budget`` writes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.budget_pictures import PART_WORDS
 from experiments.canvas import COLOURS
-from experiments.quality import Row, Rows
+from experiments.quality import Row, Rows, sde_title
 from experiments.reporting.charts import Chart, by_panel, title_of
 from experiments.runs import sampler
 
@@ -15,6 +15,35 @@ def budget_charts(rows: Rows) -> list[Chart]:
     """A chart for each target and SDE, a bar for each sampler and number of evaluations."""
     shown = [row for row in rows if row.get("parts")]
     return [_chart(title_of(*panel, shown), here) for panel, here in by_panel(shown).items()]
+
+
+def largest_table(rows: Rows) -> dict[str, Any]:
+    """The largest part of each row, and what was measured against the data."""
+    return {
+        "heads": ["target and SDE", "sampler", "NFE", "largest part", "of", "measured"],
+        "rows": [
+            [
+                f"{row['target']} · {sde_title(row['sde'])}",
+                sampler(row),
+                f"{row['nfe']:.4g}",
+                PART_WORDS.get(part := _largest(row), part),
+                _shown(row, part),
+                _shown(row, "total"),
+            ]
+            for row in rows
+        ],
+    }
+
+
+def _shown(row: Row, part: str) -> str:
+    found = row["parts"].get(part)
+    if found is None:
+        return "–"
+    low, high = found.get("interval") or (None, None)
+    if not found.get("resolved", True) and high is not None:
+        return f"< {high:.2g}"
+    interval = "" if low is None or high is None else f" ({low:.2g}–{high:.2g})"
+    return f"{found['value']:.2g}{interval}"
 
 
 def _chart(title: str, rows: Rows) -> Chart:
@@ -40,14 +69,16 @@ def _chart(title: str, rows: Rows) -> Chart:
         "legend": {"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom"},
         "margin": {"b": 130},
     }
-    largest = "; ".join(f"{n}: {_largest(row)}" for n, row in zip(names, rows, strict=True))
+    largest = "; ".join(
+        f"{n}: {PART_WORDS.get(p := _largest(row), p)}" for n, row in zip(names, rows, strict=True)
+    )
     words = f"{title}, where the error comes from. The largest part: {largest}"
     return Chart(title, words, {"data": traces, "layout": layout})
 
 
 def _largest(row: Row) -> str:
     known = {part: _value(row, part) or 0.0 for part in PART_WORDS if part in row["parts"]}
-    return PART_WORDS[max(known, key=lambda part: known[part])] if known else "none"
+    return max(known, key=lambda part: known[part]) if known else "none"
 
 
 def _bar(name: str, y: list[str], x: list[float | None], colour: str) -> dict[str, Any]:

@@ -63,10 +63,9 @@ def quality_charts(rows: Rows, cost: Cost) -> list[Chart]:
         if not known:
             continue
         traces = _floor(known, metric, cost)
-        front = [row for row in known if any(row is one for one in fronts)]
-        front.sort(key=lambda row: _spent(row, cost))
-        if front:
-            traces.append(_front(front, known, metric, cost))
+        traces.append(_front(undominated(known, metric, cost), known, metric, cost))
+        resolved = [row for row in known if any(row is one for one in fronts)]
+        traces.append(_rings(resolved, metric, cost))
         for k, name in enumerate(names):
             line = sorted((r for r in known if sampler(r) == name), key=lambda r: _spent(r, cost))
             if line:
@@ -177,8 +176,20 @@ def _spent(row: Row, cost: Cost) -> float:
     return seconds_of(row) if cost == "seconds" else float(row[cost])
 
 
+def undominated(rows: Rows, metric: str, cost: Cost) -> list[Row]:
+    """The rows whose figure no cheaper row's is as good as, cheapest first, noise or not."""
+    sign = sign_of(metric)
+    front: list[Row] = []
+    best = math.inf
+    for row in sorted(rows, key=lambda r: (_spent(r, cost), sign * (figure_of(r, metric) or 0.0))):
+        if (value := sign * (figure_of(row, metric) or 0.0)) < best:
+            front.append(row)
+            best = value
+    return front
+
+
 def _front(front: Rows, rows: Rows, metric: str, cost: Cost) -> dict[str, Any]:
-    """Steps down, and level from the last on: nothing dearer is known to be better."""
+    """Steps down, and level from the last on."""
     most = max(_spent(row, cost) for row in rows)
     return {
         "type": "scatter",
@@ -187,6 +198,24 @@ def _front(front: Rows, rows: Rows, metric: str, cost: Cost) -> dict[str, Any]:
         "x": [*(_spent(row, cost) for row in front), most],
         "y": [figure_of(row, metric) for row in [*front, front[-1]]],
         "line": {"color": "@band", "width": 9, "shape": "hv"},
+        "hoverinfo": "skip",
+    }
+
+
+def _rings(rows: Rows, metric: str, cost: Cost) -> dict[str, Any]:
+    """Around the rows of the front that the repeats resolve."""
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "resolved front",
+        "x": [_spent(row, cost) for row in rows],
+        "y": [figure_of(row, metric) for row in rows],
+        "marker": {
+            "symbol": "circle-open",
+            "size": 16,
+            "color": "@ink",
+            "line": {"width": 1.4, "color": "@ink"},
+        },
         "hoverinfo": "skip",
     }
 

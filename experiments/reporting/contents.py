@@ -13,7 +13,7 @@ from experiments.advice import advise
 from experiments.canvas import COLOURS, in_order
 from experiments.quality import Rows
 from experiments.records import OK
-from experiments.reporting.budgets import budget_charts
+from experiments.reporting.budgets import budget_charts, largest_table
 from experiments.reporting.charts import MARKERS, Chart, dash_of, quality_charts, samplers_of
 from experiments.reporting.pictures import galleries, journey_figure, journeys, plans_of
 from experiments.reporting.scales import breaks_table, scale_charts, scale_rows
@@ -75,6 +75,7 @@ class Contents:
             "scales": self._placed(scale_charts(scales)) if scales else [],
             "budgets": self._placed(budget_charts(budgets)),
             "slopes": self._placed(slope_charts(slopes)),
+            "largest": largest_table(budgets) if budgets else None,
             "slope_table": slope_table(slopes) if slopes else None,
             "orders": [found for run in self.runs if (found := orders_table(run.path))],
             "drawn": _drawn(self.runs),

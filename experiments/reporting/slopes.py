@@ -52,8 +52,8 @@ def slope_charts(rows: Rows) -> list[Chart]:
             "hovermode": "closest",
         }
         orders = "; ".join(f"{n}: {_order(line[-1])}" for n, line in lines.items())
-        words = f"{title}, error against steps. Orders: {orders}"
-        charts.append(Chart(title, words, {"data": traces, "layout": layout}))
+        said = f"{title}, error against steps. Orders: {orders}"
+        charts.append(Chart(title, said, {"data": traces, "layout": layout}))
     return charts
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.advice import Evidence, Panel
+from experiments.budget_pictures import PART_WORDS
 from experiments.certify.orders import ORDERS
 from experiments.metrics import METRICS
 from experiments.quality import Row, Rows, figure_of, interval_of, primary_of, sde_title
@@ -54,7 +55,7 @@ def rows_table(rows: Rows) -> dict[str, Any]:
     heads += [("grid", False)] if any(row.get("grid") for row in rows) else []
     heads += [("NFE", True), ("passes", True), ("seconds", True), ("peak MiB", True)]
     heads += [("rank", True), ("95 % interval", True)] if ranked else []
-    heads += [(METRICS[name].label if name in METRICS else name, True) for name in metrics]
+    heads += [(_label(name), True) for name in metrics]
     with_grid = ("grid", False) in heads
     return {
         # A hyphen that does not break: Wasserstein-2 stays on one line.
@@ -77,6 +78,12 @@ def rows_table(rows: Rows) -> dict[str, Any]:
             for row in rows
         ],
     }
+
+
+def _label(metric: str) -> str:
+    if metric in METRICS:
+        return METRICS[metric].label
+    return f"{PART_WORDS[metric]}, squared" if metric in PART_WORDS else metric
 
 
 def _text(text: Any) -> dict[str, str]:
