@@ -48,7 +48,7 @@ def guidance(
     ] = None,
     nfe: Annotated[
         list[str] | None,
-        typer.Option(help="Score evaluations per sample; repeatable. Default: 6,10,20."),
+        typer.Option(help="Score evaluations per sample; repeatable. Default: 8,16."),
     ] = None,
     guidance: Annotated[
         list[str] | None, typer.Option(help="classifier or cfg; repeatable. Default: both.")

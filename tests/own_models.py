@@ -105,7 +105,7 @@ def labelled_vp() -> Any:
     sde = VPSDE()
     return SimpleNamespace(
         model=_Exact(sde), sde=sde, event_shape=(1, 8, 8), num_classes=3,
-        classifier=IMAGES.classifier(sde), data_range=(-1.0, 1.0),
+        classifier=IMAGES.classifier(sde), data_range=(0.0, 255.0),
     )  # fmt: skip
 
 
@@ -113,5 +113,5 @@ def plain_ve() -> Any:
     """Images without classes, under VE."""
     sde = VESDE()
     return SimpleNamespace(
-        model=_Exact(sde), sde=sde, event_shape=(1, 8, 8), data_range=(-1.0, 1.0)
+        model=_Exact(sde), sde=sde, event_shape=(1, 8, 8), data_range=(0.0, 255.0)
     )
