@@ -150,12 +150,10 @@ class ModelGuidanceJudge(GuidanceJudge, ModelJudge):
 
     def _real(self, cell: Cell, repeat: int) -> Tensor:
         """A block of held-out samples, the classes in turn as those of the samples."""
-        held = self.space.real_samples(cell.condition.label)
+        held = self.space.real_samples(cell.condition.label, self.samples, repeat)
         if held is None:
             raise RuntimeError("the data has gone")  # found out when the judge was made
-        size = min(self.samples, len(held))
-        parts = held[: len(held) // size * size].split(size)
-        return parts[repeat % len(parts)]
+        return held
 
 
 def make_guidance_judge(subject: Subject, samples: int, seed: int, machine: Machine) -> Judge:

@@ -210,7 +210,7 @@ class ModelJudge(Judge):
         return f"{part}, in the judge's features"
 
     def true_samples(self, cell: Cell, repeat: int) -> Tensor | None:
-        return self.space.real_samples(cell.condition.label)
+        return self.space.real_samples(cell.condition.label, self.samples, repeat)
 
 
 def make_judge(subject: Subject, samples: int, seed: int, machine: Machine) -> Judge:
