@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from experiments import compare
+from experiments.cli import app
 from experiments.compare import CompareOptions, make_plan
 from experiments.reporting.page import write_report
+from experiments.reporting.sources import load_source
 from experiments.runs import load_run
 from tests.test_compare import Silent
 
@@ -249,6 +252,35 @@ def test_text_can_be_told_from_its_background(opened: Any) -> None:
         # Of seven colours told apart by the colour-blind some must be pale: markers differ too.
         strong = [k for k in range(7) if contrast(found[f"c{k}"], found["card"]) >= 3]
         assert len(strong) >= 4, mode
+
+
+def test_other_experiments_are_drawn_too(driver: Any, tmp_path: Path) -> None:
+    """Steps with an error budget and certificates beside them, on a phone, in the dark."""
+    runs = {
+        "steps": "steps --sde vp --solver ddim --steps 4,8,16",
+        "error-budget": "error-budget --sde vp --nfe 4 --solver ddim --samples 20 --repeats 2",
+        "orders": "orders --quick --solver ddim",
+    }
+    for name, arguments in runs.items():
+        out = str(tmp_path / name)
+        done = CliRunner().invoke(app, [*arguments.split(), "--out", out])
+        assert done.exit_code == 0, done.output
+    first, *more = [load_source(tmp_path / name) for name in runs]
+    page = write_report(first, more=more)
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
+    scheme(driver, "dark")
+    driver.get_log("browser")
+    driver.get(page.as_uri())
+    assert draw_all(driver) == 2
+    bars = "return document.querySelectorAll('#budget .barlayer .point').length"
+    assert driver.execute_script(bars) >= 2
+    width = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    wait(lambda: driver.execute_script(width) == [390, 390])
+    assert driver.execute_script("return document.querySelectorAll('#orders tbody tr').length") == 1
+    assert [entry for entry in driver.get_log("browser") if entry["level"] != "INFO"] == []
+    # Certificates alone: no table to sort, and nothing that fails for want of it.
+    driver.get(write_report(more[1]).as_uri())
+    assert [entry for entry in driver.get_log("browser") if entry["level"] != "INFO"] == []
 
 
 def contrast(a: str, b: str) -> float:
