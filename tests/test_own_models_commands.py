@@ -12,8 +12,10 @@ import torch
 from typer.testing import CliRunner
 
 from experiments.cli import app
+from experiments.features import FeatureSpace
+from experiments.subjects import ModelSubject, SubjectOptions, make_subjects
 from sde_diffusion.data import load_data
-from sde_diffusion.samples import as_tensor
+from sde_diffusion.samples import StoredSamples, as_tensor
 from tests import own_models
 
 HERE = "tests.own_models"
@@ -132,3 +134,30 @@ def test_data_of_no_levels_are_told_the_remedy(tmp_path: Path) -> None:
     words = " ".join(done.output.split())
     assert "--levels: " in words
     assert "or --draws 0" in words
+
+
+def test_held_out_blocks_read_no_more_than_they_hold(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (subject,) = make_subjects(SubjectOptions((), (PLAIN,), (), str(data), "raw"))
+    assert isinstance(subject, ModelSubject)
+    assert subject.data is not None
+    space = FeatureSpace(subject.judge, subject.data)
+    everything = space.real_samples(None)
+    assert everything is not None
+    size = 25
+    asked: list[int] = []
+    read = StoredSamples.__getitem__
+    monkeypatch.setattr(
+        StoredSamples, "__getitem__", lambda x, rows: (asked.append(len(rows)), read(x, rows))[1]
+    )
+    count = len(everything) // size
+    blocks = [space.real_samples(None, size, repeat) for repeat in range(count + 1)]
+    assert asked == [size] * (count + 1)
+    assert count > 1
+    first, *others, again = [block for block in blocks if block is not None]
+    assert torch.equal(first, again)
+    assert torch.equal(torch.cat([first, *others]), everything[: count * size])
+    large = space.real_samples(None, 10_000)
+    assert large is not None
+    assert len(large) == len(everything)

@@ -20,6 +20,7 @@ from experiments.merging import merge
 from experiments.reporting import page, pictures
 from experiments.reporting.budgets import budget_charts, largest_table
 from experiments.reporting.charts import Chart, quality_charts, undominated
+from experiments.reporting.contents import verdicts
 from experiments.reporting.page import render, write_report
 from experiments.reporting.scales import breaks_table
 from experiments.reporting.slopes import slope_charts, slope_table
@@ -186,7 +187,9 @@ def test_certificates_and_error_budgets_are_shown_where_there_are_some(
         parsed = Page(text)
         assert "1.99" in parsed.all("section", id="orders")[0][1]
         assert parsed.all("code")[0][1] in ("orders", run.results["command"])
-    assert not Page(render(certificates)).all("section", id="table")
+    alone_page = Page(render(certificates))
+    assert not alone_page.all("section", id="table")
+    assert "1 certified, all pass." in alone_page.all("section", id="summary")[0][1]
 
 
 def test_an_error_budget_is_stacked_and_its_largest_part_named() -> None:
@@ -276,6 +279,15 @@ def test_every_experiment_has_a_page(tmp_path: Path, arguments: str, sections: s
     assert not parsed.all("p", **{"class": "warning"})
 
 
+def test_a_recipe_says_what_came_nearest() -> None:
+    given = {"floor": {"energy": {"value": 0.05, "stderr": None}}, "seed": 0}
+    rows = [shown("a", 10, 0.2, **given), shown("b", 10, 0.1, **given)]
+    (line,) = verdicts("recipe", rows, Path())
+    words = "ring, nearest to the data by Energy distance (squared): b · NFE 10, 0.100 ± 0.010"
+    assert line.startswith(words)
+    assert line.endswith("; true samples: 0.05.")
+
+
 def test_other_folders_name_what_can_be_reported(tmp_path: Path) -> None:
     runner = CliRunner()
     done = runner.invoke(app, ["sample", "-n", "4", "--nfe", "2", "--out", str(tmp_path)])
@@ -308,7 +320,7 @@ def test_the_advice_is_that_of_the_console(tmp_path: Path) -> None:
     assert parsed.all("summary")[0][1] == "Evidence"
 
 
-def test_what_cannot_be_sampled_again_is_said(run: Run) -> None:
+def test_what_cannot_be_sampled_again_isverdicts(run: Run) -> None:
     config = {**run.results["config"], "targets": [], "models": ["/no/such/model"]}
     text = render(replace(run, results={**run.results, "config": config}))
     said = [t for _, t in Page(text).all("p", **{"class": "warning"})]

@@ -11,7 +11,8 @@ from typing import Any
 
 from experiments.advice import advise
 from experiments.canvas import COLOURS, in_order
-from experiments.quality import Rows
+from experiments.metrics import METRICS
+from experiments.quality import Row, Rows, figure_of, primary_of, sign_of
 from experiments.records import OK
 from experiments.reporting.budgets import budget_charts, largest_table
 from experiments.reporting.charts import MARKERS, Chart, dash_of, quality_charts, samplers_of
@@ -21,6 +22,7 @@ from experiments.reporting.slopes import slope_charts, slope_rows, slope_table
 from experiments.reporting.tables import advice_panel, facts, orders_table, rows_table
 from experiments.results import plain
 from experiments.runs import Run, identity, in_words, sampler
+from experiments.tables import number
 
 # Pictures whose figures are in no results file: the page shows them as they are.
 _DRAWN = {
@@ -66,6 +68,7 @@ class Contents:
                 if row.get("status", OK) != OK
             ],
             "advice": _advice(experiment, rows),
+            "said": verdicts(experiment, rows, self.run.path),
             "breaks": breaks_table(rows) if experiment == "guidance" else None,
             "tolerance": results["config"].get("tolerance"),
             "samplers": _key(rows),
@@ -139,6 +142,33 @@ def _advice(experiment: str, rows: Rows) -> list[dict[str, Any]]:
     return [advice_panel(panel) for panel in found.panels] or [
         {"lines": list(found.lines), "fronts": []}
     ]
+
+
+def verdicts(experiment: str, rows: Rows, folder: Path) -> list[str]:
+    """What a run without advice comes to."""
+    if experiment == "orders" and (found := orders_table(folder)) is not None:
+        failed = found["failed"]
+        verdict = "all pass" if not failed else f"{len(failed)} fail: {', '.join(failed)}"
+        return [f"{found['certified']} certified, {verdict}."]
+    if experiment != "recipe":
+        return []
+    lines = []
+    for target in in_order([row["target"] for row in rows]):
+        known = [row for row in rows if row["target"] == target and _figure(row) is not None]
+        if known:
+            row = min(known, key=lambda row: sign_of(row["primary"]) * (_figure(row) or 0.0))
+            label = METRICS[row["primary"]].label
+            floor = row["floor"].get(row["primary"])
+            beside = f"; true samples: {number(**floor)}" if floor else ""
+            lines.append(
+                f"{target}, nearest to the data by {label}: {in_words(identity(row)[2:])}, "
+                f"{number(**row['metrics'][row['primary']])}{beside}."
+            )
+    return lines
+
+
+def _figure(row: Row) -> float | None:
+    return figure_of(row, primary_of(row))
 
 
 def _summary(rows: Rows) -> str:

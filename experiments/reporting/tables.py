@@ -125,8 +125,11 @@ def orders_table(folder: Path) -> dict[str, Any] | None:
     """The certificates of an orders.json in the folder; None where there is none to read."""
     try:
         found = json.loads((folder / ORDERS).read_text(encoding="utf-8"))
+        own = [one for one in found["certificates"] if not one.get("peer")]
         return {
             "passed": found["passed"],
+            "certified": len(own),
+            "failed": [one["name"] for one in own if not one["passed"]],
             "rows": [
                 (
                     certificate["name"],
