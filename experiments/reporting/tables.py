@@ -55,7 +55,8 @@ def rows_table(rows: Rows) -> dict[str, Any]:
     heads += [("grid", False)] if any(row.get("grid") for row in rows) else []
     heads += [("NFE", True), ("passes", True), ("seconds", True), ("peak MiB", True)]
     heads += [("rank", True), ("95 % interval", True)] if ranked else []
-    heads += [(_label(name), True) for name in metrics]
+    squared = any(row.get("parts") for row in rows)
+    heads += [(_label(name) + (", squared" if squared else ""), True) for name in metrics]
     with_grid = ("grid", False) in heads
     return {
         # A hyphen that does not break: Wasserstein-2 stays on one line.
@@ -81,9 +82,7 @@ def rows_table(rows: Rows) -> dict[str, Any]:
 
 
 def _label(metric: str) -> str:
-    if metric in METRICS:
-        return METRICS[metric].label
-    return f"{PART_WORDS[metric]}, squared" if metric in PART_WORDS else metric
+    return METRICS[metric].label if metric in METRICS else PART_WORDS.get(metric, metric)
 
 
 def _text(text: Any) -> dict[str, str]:
