@@ -50,10 +50,10 @@ def report(
       sde-diffusion report runs/mine --out mine.html --no-trajectories
     """
     from experiments.reporting.page import check_report, write_report
-    from experiments.reporting.sources import load_source
+    from experiments.reporting.sources import load_addition, load_source
     from experiments.tables import make_console
 
-    found, more = load_source(run), [load_source(path) for path in also or ()]
+    found, more = load_source(run), [load_addition(path) for path in also or ()]
     check_report(found, out)
     path = write_report(found, out, more=more, trajectories=trajectories)
     size = path.stat().st_size / 2**20

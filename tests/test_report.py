@@ -368,11 +368,12 @@ def test_the_command_writes_it_and_names_mistakes(run: Run, tmp_path: Path) -> N
     for arguments, words in (
         ([str(tmp_path)], "no results at"),
         ([str(run.path), "--out", str(tmp_path)], "is a folder"),
+        ([str(run.path), "--with", str(run.path)], "of which nothing stands on another run's page"),
         ([str(run.path), "--out", str(tmp_path / "no" / "page.html")], "there is no folder"),
     ):
         wrong = runner.invoke(app, ["report", *arguments])
         assert wrong.exit_code == 2
-        assert words in wrong.output
+        assert words in " ".join(wrong.output.split())
 
 
 def shown(solver: str, nfe: int, value: float, stderr: float | None = 0.01, **more: Any) -> Any:

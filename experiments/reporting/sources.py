@@ -11,6 +11,7 @@ from experiments.results import RESULTS
 from experiments.runs import Run, load_run
 
 REPORTED = ("compare", "guidance", "steps", "error-budget", "recipe", "orders")
+ADDED = ("steps", "error-budget", "orders")  # to another's page
 # What other commands leave, and which.
 _OTHERS = {
     "likelihood.json": "likelihood",
@@ -46,6 +47,22 @@ def load_source(path: str | os.PathLike[str]) -> Run:
         raise ValueError(
             f"{str(given)!r} is of {experiment!r}, which has no report; name the folder of "
             f"{_either()}"
+        )
+    return run
+
+
+def load_addition(path: str | os.PathLike[str]) -> Run:
+    """A run whose error budget, slopes or certificates stand on another's page.
+
+    Raises:
+        ValueError: as `load_source`; or it has none of these.
+    """
+    run = load_source(path)
+    if run.results["experiment"] not in ADDED and not (run.path / ORDERS).exists():
+        raise ValueError(
+            f"--with {str(path)!r} is of {run.results['experiment']!r}, of which nothing stands on "
+            f"another run's page; name a run of {', '.join(ADDED[:-1])} or {ADDED[-1]}, or merge "
+            "two comparisons: sde-diffusion merge"
         )
     return run
 
