@@ -27,6 +27,8 @@ from experiments.subjects import SubjectOptions
 from experiments.work import KEPT, Done, Given, compute, record_of
 from sde_diffusion.validation import Bucket
 
+_BUCKET = [field.name for field in dataclasses.fields(Bucket)]
+
 
 @dataclass(frozen=True)
 class BudgetTask(Task):
@@ -112,13 +114,12 @@ def _amplified(task: BudgetTask, problem: Problem, given: Given | None) -> Done:
 
 def _packed(buckets: list[Bucket]) -> Tensor:
     rows = [dataclasses.astuple(bucket) for bucket in buckets]
-    return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), -1)
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(_BUCKET))
 
 
 def unpacked(found: Tensor) -> tuple[Bucket, ...]:
     """The buckets that a task has stored."""
-    names = [field.name for field in dataclasses.fields(Bucket)]
-    rows: list[dict[str, Any]] = [dict(zip(names, row, strict=True)) for row in found.tolist()]
+    rows: list[dict[str, Any]] = [dict(zip(_BUCKET, row, strict=True)) for row in found.tolist()]
     return tuple(Bucket(**{**row, "n": int(row["n"])}) for row in rows)
 
 

@@ -66,7 +66,7 @@ class Part:
         return self.interval is not None and self.interval.low > 0
 
 
-def paired_energy(x: Tensor, y: Tensor) -> float:
+def paired_energy(x: Tensor, y: Tensor, classes: Tensor | None = None) -> float:
     """Unbiased ``D²`` of two laws from pairs ``(x_i, y_i)``, independent from pair to pair.
 
     ``mean over i != j of |x_i - y_j| + |y_i - x_j| - |x_i - x_j| - |y_i - y_j|``: each term has the
@@ -74,6 +74,8 @@ def paired_energy(x: Tensor, y: Tensor) -> float:
 
     Args:
         x, y: (N, *event), N >= 2.
+        classes: (N,) of the pairs, where their numbers are given and not drawn: the pairs of pairs
+            within a class are then too few, and weigh more.
     """
     if x.shape != y.shape or len(x) < 2:
         raise ValueError(
@@ -83,6 +85,7 @@ def paired_energy(x: Tensor, y: Tensor) -> float:
     a, b = (s.detach().cpu().double().flatten(1) for s in (x, y))
     if not bool(a.isfinite().all() and b.isfinite().all()):
         raise ValueError("x and y must be finite: they hold NaN or infinity")
+    weights = _within_weights(classes)
     total = 0.0
     for rows in torch.arange(len(a)).split(_TILE):
         for columns in torch.arange(len(a)).split(_TILE):
@@ -90,15 +93,28 @@ def paired_energy(x: Tensor, y: Tensor) -> float:
             apart = _distances(a[rows], b[columns]) + _distances(b[rows], a[columns])
             apart -= _distances(a[rows], a[columns]) + _distances(b[rows], b[columns])
             apart.masked_fill_(rows[:, None] == columns, 0.0)
+            if classes is not None and weights is not None:
+                alike = classes[rows][:, None] == classes[columns]
+                apart *= torch.where(alike, weights[rows][:, None], 1.0)
             total += float(apart.sum())
-    return total / (len(a) * (len(a) - 1))
+    return total / (len(a) * (len(a) - 1 if weights is None else len(a)))
+
+
+def _within_weights(classes: Tensor | None) -> Tensor | None:
+    """n / (n - 1) for the n samples of each one's class."""
+    if classes is None:
+        return None
+    _, place, count = classes.unique(return_inverse=True, return_counts=True)
+    if int(count.min()) < 2:
+        raise ValueError("an unbiased distance needs at least 2 samples of each class, got 1")
+    return (count / (count - 1.0)).double()[place]
 
 
 def law_parts(problem: Problem, repeat: int) -> Squares:
     """What is the same for all solvers: truncation, and what true samples score."""
     found = {}
     if problem.target is not None and problem.law_known:
-        found["truncation"] = paired_energy(*problem.truncated(repeat))
+        found["truncation"] = paired_energy(*problem.truncated(repeat), problem.classes(repeat))
     true = problem.true_samples(repeat)
     if true is not None:
         found["floor"] = energy_distance(*true)
@@ -115,24 +131,24 @@ def reference_parts(
         steps. Tensors: ``x``, and where no data has the law that is sampled ``true``, samples of
         it.
     """
-    ids = problem.ids(repeat)
+    ids, classes = problem.ids(repeat), problem.classes(repeat)
     fine = problem.fine(solver, ids)
     exact = fine
     found, tensors = {}, {"x": fine}
     if repeat == 0:
-        found["reference"] = paired_energy(problem.fine(solver, ids, coarser=2), fine)
+        found["reference"] = paired_energy(problem.fine(solver, ids, coarser=2), fine, classes)
     if problem.target is None:
         true = problem.true_samples(repeat)
         if true is not None:
-            found["rest"] = energy_distance(fine, true[0], unbiased=True)
+            found["rest"] = energy_distance(fine, true[0], unbiased=True, classes=(classes, None))
         return found, tensors
     if problem.network is not None:
         exact = problem.fine(solver, ids, exact=True)
-        found["score_error"] = paired_energy(fine, exact)
+        found["score_error"] = paired_energy(fine, exact, classes)
     if problem.law_known:
         noised = problem.start(ids, problem.law_samples(repeat))
         from_law = problem.fine(solver, ids, exact=True, start=noised)
-        found["prior_mismatch"] = paired_energy(exact, from_law)
+        found["prior_mismatch"] = paired_energy(exact, from_law, classes)
     else:
         true = problem.guided_truth(solver, repeat)
         found["floor"] = energy_distance(*true)
@@ -150,12 +166,15 @@ def solver_parts(
         fine: the fine solution from the same noise.
         true: samples of the law, where they are not the problem's true samples.
     """
-    found = {"discretisation": paired_energy(x, fine)}
+    classes = problem.classes(repeat)
+    found = {"discretisation": paired_energy(x, fine, classes)}
     known = problem.true_samples(repeat)
     if true is None and known is not None:
         true = known[0]
     if true is not None:
-        found["total"] = energy_distance(x, true, unbiased=True)
+        # Real samples have the classes they happen to have.
+        of_true = classes if problem.target is not None else None
+        found["total"] = energy_distance(x, true, unbiased=True, classes=(classes, of_true))
     return found
 
 

@@ -239,6 +239,12 @@ def make_plan(options: BudgetOptions) -> BudgetPlan:
     cells = list(cells_of(subject, conditions, solvers, options))
     config = {name: value for name, value in asdict(options).items() if name not in HOW}
     out = options.out or default_out("error-budget", [subject.name], config)
+    samples, classes = options.samples or SAMPLES, subject.num_classes or 1
+    if samples < 2 * classes and any(condition.label == ALL for condition in conditions):
+        raise ValueError(
+            f"--samples {samples} is too few for {classes} classes in turn; give at least "
+            f"{2 * classes}"
+        )
     plan = BudgetPlan(options, sources, subject, cells, Pool(), out)
     work = sum(map(plan.work_of, [*plan.shared_tasks(), *plan.solver_tasks()]))
     pool = Pool(processes_for(options, work), scheduler=options.scheduler)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.conditions import Condition
+from experiments.conditions import ALL, Condition
 from experiments.judging import block_ids, class_samples, reverse_eta
 from experiments.subject_kinds import exact_score, network_score
 from sde_diffusion import SDE, GaussianMixture
@@ -81,6 +81,13 @@ class Problem:
     def ids(self, repeat: int) -> Tensor:
         """Of the samples of a repeat."""
         return block_ids(self.samples, repeat)
+
+    def classes(self, repeat: int) -> Tensor | None:
+        """The classes of a repeat's samples where they are asked for in turn, so that their numbers
+        are no matter of chance; None elsewhere."""
+        if self.condition.law == "whole" or self.condition.label != ALL:
+            return None
+        return self.condition.labels(self.ids(repeat), self.num_classes)
 
     def score(self, ids: Tensor, exact: bool = False) -> ScoreFn:
         """The network's score, or the exact one, guided as the condition says."""

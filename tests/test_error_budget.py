@@ -44,6 +44,7 @@ from sde_diffusion.scaling import Scaling
 from solvers import DDIM, DPMSolverPP, ProbabilityFlow, Solver, sample
 from tests.test_compare import Silent
 
+RING = {"targets": ["ring"]}
 SHORT = VPSDE(beta_max=4.0, t_min=0.15)  # a prior and an end that are visibly off
 
 
@@ -259,7 +260,7 @@ def test_a_run_writes_rows_and_pictures(tmp_path: Path, monkeypatch: pytest.Monk
             {"targets": ["ring"], "solvers": ["scipy_ode"]},
             "--solver scipy_ode chooses its own steps",
         ),
-        ({"targets": ["ring"], "samples": 1}, "--samples must be at least 2, got 1"),
+        ({**RING, "samples": 1}, "--samples must be at least 2, got 1"),
         ({"targets": ["ring", "moons"]}, "one --target, one --model, or one of each"),
     ],
 )
