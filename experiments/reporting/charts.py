@@ -38,6 +38,7 @@ PARTS = {
     "discretisation": "discretisation (solver)",
     "floor": "Monte Carlo (floor)",
 }
+_PART_COLOURS = dict(zip(PARTS, ("@2", "@4", "@3", "@5", "@0", "@band"), strict=True))
 _TOTAL = "total"  # what the parts add up to at least: not stacked, a mark beside them
 _HEIGHT = 340
 
@@ -112,18 +113,18 @@ def budget_charts(rows: Rows) -> list[Chart]:
                 "name": PARTS.get(part, part),
                 "y": names,
                 "x": [(row["error_budget"].get(part) or {}).get("value") for row in here],
-                "marker": {"color": f"@{k % len(COLOURS)}"},
+                "marker": {"color": _PART_COLOURS.get(part, "@6")},
             }
-            for k, part in enumerate(parts)
+            for part in parts
             if part in stacked
         ]
         traces += _totals(names, [row["error_budget"].get(_TOTAL) for row in here])
         layout = {
             "barmode": "stack",
-            "height": 120 + 26 * len(names),
+            "height": 190 + 26 * len(names),
             "xaxis": {"title": {"text": "energy distance, rooted"}, "rangemode": "tozero"},
             "yaxis": {"autorange": "reversed", "automargin": True},
-            "legend": {"orientation": "h", "y": -0.25},
+            "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0.0},
         }
         title = _title(law, sde, rows)
         charts.append(
