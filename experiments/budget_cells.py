@@ -26,6 +26,7 @@ from experiments.network_error import displacements, error_by_time
 from experiments.subjects import SubjectOptions
 from experiments.work import KEPT, Done, Given, compute, record_of
 from sde_diffusion.validation import Bucket
+from solvers import Solver
 
 _BUCKET = [field.name for field in dataclasses.fields(Bucket)]
 
@@ -62,8 +63,8 @@ def _compute(task: BudgetTask, given: Given | None, workers: int) -> Done:
     if task.kind == "floor":
         parts = law_parts(problem, task.repeat)
         return Done(record_of(task, metrics=parts, judging_seconds=_since(began)), {})
-    if task.kind == "fine":
-        parts, tensors = reference_parts(problem, task.solver, task.repeat)
+    if task.kind == "fine" and task.steps is not None and isinstance(task.solver, Solver):
+        parts, tensors = reference_parts(problem, task.solver, task.steps, task.repeat)
         return Done(record_of(task, metrics=parts, judging_seconds=_since(began)), tensors)
     if given is None or task.steps is None:
         raise ValueError(f"{task} needs its fine solution and a number of steps")

@@ -25,7 +25,7 @@ from torch import Tensor
 from experiments.budget_problem import Problem
 from experiments.intervals import Interval, t_interval
 from experiments.metrics import energy_distance
-from solvers import Integrator, Solver
+from solvers import Solver
 
 ORDER = ("truncation", "prior_mismatch", "score_error", "rest", "discretisation")
 _TILE = 512
@@ -122,9 +122,12 @@ def law_parts(problem: Problem, repeat: int) -> Squares:
 
 
 def reference_parts(
-    problem: Problem, solver: Solver | Integrator, repeat: int
+    problem: Problem, reference: Solver, steps: int, repeat: int
 ) -> tuple[Squares, dict[str, Tensor]]:
     """What is the same for all solvers of one equation, and the fine solution ``x`` of it.
+
+    Args:
+        reference, steps: of the fine solution.
 
     Returns:
         Parts, with ``reference``, how far the fine solution can be off: from one with half its
@@ -132,25 +135,25 @@ def reference_parts(
         it.
     """
     ids, classes = problem.ids(repeat), problem.classes(repeat)
-    fine = problem.fine(solver, ids)
+    fine = problem.fine(reference, steps, ids)
     exact = fine
     found, tensors = {}, {"x": fine}
     if repeat == 0:
-        found["reference"] = paired_energy(problem.fine(solver, ids, coarser=2), fine, classes)
+        found["reference"] = paired_energy(problem.fine(reference, steps // 2, ids), fine, classes)
     if problem.target is None:
         true = problem.true_samples(repeat)
         if true is not None:
             found["rest"] = energy_distance(fine, true[0], unbiased=True, classes=(classes, None))
         return found, tensors
     if problem.network is not None:
-        exact = problem.fine(solver, ids, exact=True)
+        exact = problem.fine(reference, steps, ids, exact=True)
         found["score_error"] = paired_energy(fine, exact, classes)
     if problem.law_known:
         noised = problem.start(ids, problem.law_samples(repeat))
-        from_law = problem.fine(solver, ids, exact=True, start=noised)
+        from_law = problem.fine(reference, steps, ids, exact=True, start=noised)
         found["prior_mismatch"] = paired_energy(exact, from_law, classes)
     else:
-        true = problem.guided_truth(solver, repeat)
+        true = problem.guided_truth(reference, steps, repeat)
         found["floor"] = energy_distance(*true)
         tensors["true"] = true[0]
     return found, tensors

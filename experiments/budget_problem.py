@@ -135,25 +135,24 @@ class Problem:
 
     def fine(
         self,
-        solver: Solver | Integrator,
+        reference: Solver,
+        steps: int,
         ids: Tensor,
         *,
         exact: bool = False,
         start: Tensor | None = None,
-        coarser: int = 1,
     ) -> Tensor:
-        """The fine solution of the equation that a solver solves.
+        """A fine solution of an equation.
 
         Args:
+            reference, steps: as `reference_for` and `fine_steps` say.
             exact: with the exact score, whatever the network.
             start: the states at t_max; None: from the standard prior.
-            coarser: steps so many times as wide.
         """
         exact = exact or self.network is None
-        reference = reference_for(solver)
         return self.solve(
             reference,
-            fine_steps(reference) // coarser,
+            steps,
             ids,
             score=self.score(ids, exact),
             start=start,
@@ -190,12 +189,13 @@ class Problem:
         block = slice(repeat * size, (repeat + 1) * size)
         return held_out[block], training[block]
 
-    def guided_truth(self, solver: Solver | Integrator, repeat: int) -> tuple[Tensor, Tensor]:
-        """Two independent sets of fine solutions of the exact guided equation of a solver."""
+    def guided_truth(self, reference: Solver, steps: int, repeat: int) -> tuple[Tensor, Tensor]:
+        """Two independent sets of fine solutions of the exact guided equation."""
         classes = self.num_classes or 1
         # Ids that keep the class of the samples they stand for.
         far = (_TRUE_IDS // classes * classes, 2 * _TRUE_IDS // classes * classes)
-        first, second = (self.fine(solver, self.ids(repeat) + n, exact=True) for n in far)
+        ids = self.ids(repeat)
+        first, second = (self.fine(reference, steps, ids + n, exact=True) for n in far)
         return first, second
 
     def law_samples(self, repeat: int) -> Tensor:

@@ -26,7 +26,7 @@ from experiments.budget_parts import (
     solver_parts,
 )
 from experiments.budget_pictures import budget_tables
-from experiments.budget_problem import Problem
+from experiments.budget_problem import Problem, fine_steps, reference_for
 from experiments.budget_subject import scaled
 from experiments.error_budget import BudgetOptions, make_plan, run
 from experiments.network_error import (
@@ -96,11 +96,15 @@ def problem(**changes: Any) -> Problem:
     return Problem(**given | changes)
 
 
-def measured(made: Problem, solver: Solver, steps: int) -> dict[str, tuple[float, ...]]:
-    """Every part of a solver's budget, squared, repeat by repeat."""
+def measured(
+    made: Problem, solver: Solver, steps: int, fine: int | None = None
+) -> dict[str, tuple[float, ...]]:
+    """Every part of a solver's budget, squared, repeat by repeat; ``fine``: steps of the fine
+    solution."""
     found: dict[str, list[float]] = {}
     for repeat in range(made.repeats):
-        shared, tensors = reference_parts(made, solver, repeat)
+        reference = reference_for(solver)
+        shared, tensors = reference_parts(made, reference, fine or fine_steps(reference), repeat)
         x = made.solve(solver, steps, made.ids(repeat)).x
         own = solver_parts(made, x, tensors["x"], tensors.get("true"), repeat)
         for name, value in {**law_parts(made, repeat), **shared, **own}.items():
