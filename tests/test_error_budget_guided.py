@@ -61,7 +61,7 @@ def in_turn(laws: list[tuple[float, float]], noise: Tensor) -> Tensor:
 
 
 def test_classes_in_turn_leave_no_bias() -> None:
-    # Few samples of classes that are far apart: as if drawn, the bias would be -0.06.
+    # Few samples of classes that are far apart: as if drawn, the bias would be -0.19.
     before, after = [(-2.0, 0.2), (2.0, 0.3)], [(-1.9, 0.25), (1.8, 0.2)]
     classes = torch.arange(20) % 2
     noise = torch.randn(2, 1500, 20, 1, generator=torch.Generator().manual_seed(0)).double()
@@ -75,7 +75,7 @@ def test_classes_in_turn_leave_no_bias() -> None:
     near(tuple(paired), expected)
     error = float(np.std(apart)) / math.sqrt(len(apart))
     assert abs(np.mean(apart) - expected) < 4 * error < 0.02
-    assert np.mean(careless) < expected - 0.03
+    assert np.mean(careless) < expected - 0.1
     with pytest.raises(ValueError, match="at least 2 samples of each class, got 1"):
         paired_energy(x[:3], y[:3], classes[:3])
 
@@ -84,11 +84,11 @@ def test_classes_in_turn_leave_no_bias() -> None:
     ("solver", "fine"),
     [
         pytest.param(DDIM(), 30, id="ode"),
-        pytest.param(DPMSolverPP(order=1, eta=1.0), 100, id="sde", marks=pytest.mark.slow),
+        pytest.param(DPMSolverPP(order=1, eta=1.0), 60, id="sde", marks=pytest.mark.slow),
     ],
 )
 def test_guided_samples_have_a_discretisation_and_nothing_of_data(solver: Any, fine: int) -> None:
-    made = of_classes(Condition("cfg", 3.0, "all"), samples=400, repeats=16)
+    made = of_classes(Condition("cfg", 3.0, "all"), samples=300, repeats=16)
     found = measured(made, solver, 5, fine)
     assert set(found) == {"discretisation", "total", "floor", "reference"}
     # The same distance twice: from the same noise, and between independent sets.

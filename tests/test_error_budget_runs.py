@@ -217,16 +217,17 @@ def test_a_fine_solution_that_fails_fails_the_rows_of_its_equation(
             return Done(record_of(task, status="failed", error="no memory"), {})
         return perform(task, *rest)
 
-    monkeypatch.setattr(pool, "perform", failing)
-    outcome = budget(tmp_path)
+    with monkeypatch.context() as failures:
+        failures.setattr(pool, "perform", failing)
+        outcome = budget(tmp_path)
     assert {row.planned.cell.solver.stochastic for row in outcome.failed} == {True}
     assert [row.status for row in outcome.rows] == ["failed", "failed", "ok", "ok"]
-    monkeypatch.undo()
     assert [row.status for row in budget(tmp_path).rows] == ["ok"] * 4
 
 
 def test_guided_rows_stand_beside_the_others(tmp_path: Path) -> None:
-    budget(tmp_path, guidances=("none", "cfg", "classifier"), scales=(1.0, 3.0), budgets=(4,))
+    given: dict[str, Any] = {"guidances": ("none", "cfg", "classifier"), "scales": (1.0, 3.0)}
+    budget(tmp_path, budgets=(4,), **given)
     rows, records = figures(tmp_path)
     parts = {row["guided_by"]: set(row["error_budget"]) for row in rows}
     of_data = {"truncation", "prior_mismatch", "discretisation", "total", "floor"}
@@ -325,7 +326,7 @@ def test_killed_at_any_moment_the_rerun_gives_the_same_table(tmp_path: Path) -> 
     assert finished(tmp_path / "whole")
     length = time.monotonic() - started
     moments, kills = random.Random(0), 0
-    for _ in range(12):
+    for _ in range(8):
         process = start(tmp_path / "killed")
         process.join(length * moments.uniform(0.0, 0.4))
         kills += process.is_alive()
