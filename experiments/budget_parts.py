@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,11 +53,6 @@ class Part:
         if found is None:
             return None
         return Interval(*(math.sqrt(max(0.0, end)) for end in found))
-
-    def as_dict(self) -> dict[str, Any]:
-        """As it stands in results.json, under ``error_budget``."""
-        low, high = self.interval or (None, None)
-        return {"value": self.value, "low": low, "high": high, "resolved": self.resolved}
 
     @property
     def resolved(self) -> bool:

@@ -19,7 +19,7 @@ from experiments.network_error import NetworkError
 from experiments.records import OK
 from experiments.tables import FAINT, FLOOR
 
-_WORDS = {
+PART_WORDS = {
     "truncation": "truncation at t_min",
     "prior_mismatch": "prior mismatch at T",
     "score_error": "score error",
@@ -75,7 +75,7 @@ def _bars(ax: Axes, rows: Sequence[BudgetRow]) -> None:
         if not any(parts):
             continue
         widths = [0.0 if part is None else part.value for part in parts]
-        ax.barh(places, widths, 0.68, left, color=_COLOURS[name], label=_WORDS[name])
+        ax.barh(places, widths, 0.68, left, color=_COLOURS[name], label=PART_WORDS[name])
         left = [a + b for a, b in zip(left, widths, strict=True)]
     floors = [0.0 if row.floor is None else row.floor.value for row in rows]
     if any(floors):

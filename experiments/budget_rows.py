@@ -210,7 +210,7 @@ def _parts(records: list[Record]) -> dict[str, Part]:
 
 
 def _as_row(plan: BudgetPlan, found: BudgetRow) -> Row:
-    """A row of results.json: parts squared as metrics, and rooted under ``error_budget``."""
+    """A row of results.json: parts squared as metrics, and rooted under ``parts``."""
     planned, options = found.planned, plan.options
     cell, condition = planned.cell, planned.cell.condition
     ends = {"total": found.total, "floor": found.floor}
@@ -231,7 +231,10 @@ def _as_row(plan: BudgetPlan, found: BudgetRow) -> Row:
         "cells": list(found.cells),
         "by_repeat": {name: part.squared for name, part in every.items()},
         "intervals": {name: t_interval(part.squared) for name, part in every.items()},
-        "error_budget": {name: part.as_dict() for name, part in every.items()},
+        "parts": {
+            name: {"value": part.value, "interval": part.interval, "resolved": part.resolved}
+            for name, part in every.items()
+        },
         "status": found.status,
         "error": found.error,
     }

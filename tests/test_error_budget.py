@@ -239,7 +239,7 @@ def test_a_run_writes_rows_and_pictures(tmp_path: Path, monkeypatch: pytest.Monk
     results = load_results(tmp_path / "a")
     jsonschema.Draft202012Validator(results_schema()).validate(results)
     assert [row["budget"] for row in results["rows"]] == [4, 8]
-    parts = results["rows"][0]["error_budget"]
+    parts = results["rows"][0]["parts"]
     assert set(parts) == {"truncation", "prior_mismatch", "discretisation", "total", "floor"}
     assert [table.title for table in budget_tables(outcome)]
     digits = BudgetOptions(models=["digits-vp"], out=str(tmp_path / "b"), buckets=2, **given)
@@ -248,7 +248,7 @@ def test_a_run_writes_rows_and_pictures(tmp_path: Path, monkeypatch: pytest.Monk
         with Image.open(tmp_path / "b" / name) as image:
             image.load()
     (row, _) = load_results(tmp_path / "b")["rows"]
-    assert set(row["error_budget"]) == {"rest", "discretisation", "total", "floor"}
+    assert set(row["parts"]) == {"rest", "discretisation", "total", "floor"}
 
 
 @pytest.mark.parametrize(

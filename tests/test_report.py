@@ -167,7 +167,7 @@ def test_certificates_and_error_budgets_are_shown_where_there_are_some(
     }  # fmt: skip
     orders = {"passed": True, "certificates": [certificate]}
     (tmp_path / "orders.json").write_text(json.dumps(orders))
-    budget = {"discretisation": {"value": 0.2, "stderr": 0.1}, "score_error": {"value": 0.1}}
+    budget = {"discretisation": {"value": 0.2, "stderr": 0.1}, "score": {"value": 0.1}}
     rows = [{**r, "error_budget": budget} for r in run.rows]
     changed = Run(tmp_path, {**run.results, "rows": rows}, {})
     parsed = Page(render(changed, trajectories=False))
@@ -176,8 +176,8 @@ def test_certificates_and_error_budgets_are_shown_where_there_are_some(
     assert "denoising" not in ids
     assert "1.99" in parsed.all("section", id="orders")[0][1]
     bars = budget_charts(rows)[0].figure["data"]
-    assert [bar["name"] for bar in bars] == ["score error (network)", "discretisation (solver)"]
-    assert all(bar["x"] == [value] * 4 for bar, value in zip(bars, (0.1, 0.2), strict=True))
+    assert [bar["name"] for bar in bars] == ["discretisation (solver)", "score error (network)"]
+    assert all(bar["x"] == [value] * 4 for bar, value in zip(bars, (0.2, 0.1), strict=True))
 
 
 def test_what_cannot_be_sampled_again_is_said(run: Run) -> None:

@@ -31,15 +31,12 @@ MARKERS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross
 DASHES = ("solid", "dash", "dot")
 # Of an error budget (rows with ``error_budget``: part -> estimate), as they are stacked.
 PARTS = {
+    "prior": "prior mismatch at T",
     "truncation": "truncation at t_min",
-    "prior_mismatch": "prior mismatch at T",
-    "score_error": "score error (network)",
-    "rest": "the rest (network, prior)",
     "discretisation": "discretisation (solver)",
-    "floor": "Monte Carlo (floor)",
+    "score": "score error (network)",
+    "monte_carlo": "Monte Carlo",
 }
-_PART_COLOURS = dict(zip(PARTS, ("@2", "@4", "@3", "@5", "@0", "@band"), strict=True))
-_TOTAL = "total"  # what the parts add up to at least: not stacked, a mark beside them
 _HEIGHT = 340
 
 
@@ -104,8 +101,7 @@ def budget_charts(rows: Rows) -> list[Chart]:
     charts = []
     for (law, sde), here in _panels([row for row in rows if row.get("error_budget")]).items():
         names = [f"{sampler(row)} @ {row['nfe']:.4g}" for row in here]
-        stacked = [p for row in here for p in row["error_budget"] if p != _TOTAL]
-        parts = in_order([*PARTS, *stacked])
+        parts = in_order([*PARTS, *(part for row in here for part in row["error_budget"])])
         traces = [
             {
                 "type": "bar",
@@ -113,52 +109,23 @@ def budget_charts(rows: Rows) -> list[Chart]:
                 "name": PARTS.get(part, part),
                 "y": names,
                 "x": [(row["error_budget"].get(part) or {}).get("value") for row in here],
-                "marker": {"color": _PART_COLOURS.get(part, "@6")},
+                "marker": {"color": f"@{k % len(COLOURS)}"},
             }
-            for part in parts
-            if part in stacked
+            for k, part in enumerate(parts)
+            if any(part in row["error_budget"] for row in here)
         ]
-        traces += _totals(names, [row["error_budget"].get(_TOTAL) for row in here])
         layout = {
             "barmode": "stack",
-            "height": 190 + 26 * len(names),
-            "xaxis": {"title": {"text": "energy distance, rooted"}, "rangemode": "tozero"},
+            "height": 120 + 26 * len(names),
+            "xaxis": {"title": {"text": "share of the error"}},
             "yaxis": {"autorange": "reversed", "automargin": True},
-            "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0.0},
+            "legend": {"orientation": "h", "y": -0.25},
         }
         title = _title(law, sde, rows)
         charts.append(
             Chart(title, f"{title}: where the error comes from", {"data": traces, "layout": layout})
         )
     return charts
-
-
-def _totals(
-    names: Sequence[str], found: Sequence[Mapping[str, Any] | None]
-) -> list[dict[str, Any]]:
-    """What was measured from end to end, with its interval."""
-    there = [(name, one) for name, one in zip(names, found, strict=True) if one is not None]
-    if not there:
-        return []
-    ends = [interval(one) or (one["value"], one["value"]) for _, one in there]
-    values = [float(one["value"]) for _, one in there]
-    return [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": "measured, floor off",
-            "y": [name for name, _ in there],
-            "x": values,
-            "error_x": {
-                "type": "data",
-                "array": [max(0.0, high - x) for x, (_, high) in zip(values, ends, strict=True)],
-                "arrayminus": [max(0.0, x - low) for x, (low, _) in zip(values, ends, strict=True)],
-                "thickness": 1.2,
-                "width": 3,
-            },
-            "marker": {"symbol": "diamond", "size": 8, "color": "@ink"},
-        }
-    ]
 
 
 _COSTS = {"nfe": "score evaluations per sample (NFE)", "seconds": "seconds per 1,000 samples"}
