@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from experiments.intervals import LEVEL, Difference, paired_difference
-from experiments.metrics import METRICS
+from experiments.quality import Row, Rows, figure_of, seconds_of, sign_of
 from experiments.records import OK
 
-Rows = Sequence[Mapping[str, Any]]
 Cost = Literal["nfe", "seconds"]
 
 
@@ -27,7 +26,7 @@ class Evidence:
 
     Attributes:
         solver, budget, grid: of the row.
-        nfe, seconds: what it cost: evaluations per sample, wall seconds of all samples.
+        nfe, seconds: what it cost: evaluations per sample, wall seconds of 1,000 samples.
         metric, value, interval: its figure; the interval None where there is one repeat.
         above_floor: interval of what it is above the floor; None where that is not known.
         rank: ranks in its column that the repeats leave open; None where it is not ranked.
@@ -109,26 +108,33 @@ def advise(rows: Rows) -> Advice:
     Args:
         rows: as in results.json of ``compare``; failed ones are left out.
     """
-    known = [row for row in rows if row.get("status", OK) == OK and _value(row) is not None]
-    panels = []
-    for key in dict.fromkeys(map(_panel_key, known)):
-        panels.append(_panel(*key, [row for row in known if _panel_key(row) == key]))
+    panels = [_panel(*key, here) for key, here in panels_of(rows).items()]
     lines = tuple(line for panel in panels for line in panel.lines)
     return Advice(lines or ("nothing to advise on: no row is finished",), tuple(panels))
 
 
-def pareto_front(rows: Rows, cost: Cost = "nfe") -> list[Mapping[str, Any]]:
+def panels_of(rows: Rows) -> dict[tuple[str, str, str], list[Row]]:
+    """The rows that have a figure, by target, SDE and guidance: what is advised on together."""
+    found: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.get("status", OK) == OK and _value(row) is not None:
+            found.setdefault(_panel_key(row), []).append(row)
+    return found
+
+
+def pareto_front(rows: Rows, cost: Cost = "nfe") -> list[Row]:
     """Rows by increasing cost, each better than all that stand before it beyond noise.
 
     Args:
         rows: of one target, SDE and guidance.
-        cost: "nfe" or "seconds".
+        cost: "nfe", or "seconds" of as many samples.
     """
-    front: list[Mapping[str, Any]] = []
-    for row in sorted(rows, key=lambda row: (row[cost], _sign(row) * (_value(row) or 0.0))):
+    front: list[Row] = []
+    spent = seconds_of if cost == "seconds" else _evaluations
+    for row in sorted(rows, key=lambda row: (spent(row), _sign(row) * (_value(row) or 0.0))):
         if not front or _better(row, front[-1], len(rows)):
             # At the same cost the better one stands for both.
-            if front and front[-1][cost] == row[cost]:
+            if front and spent(front[-1]) == spent(row):
                 front.pop()
             front.append(row)
     return front
@@ -207,9 +213,14 @@ def _words(panel: Panel, rows: Rows) -> list[str]:
         lines.append(
             f"no knee: {panel.front_nfe[-1].nfe:.4g} evaluations, the most tried, still gain"
         )
+    if len(panel.front_nfe) > 1:
+        steps = " → ".join(f"{e.solver} at {e.nfe:.4g}" for e in panel.front_nfe)
+        lines.append(f"by evaluations, each better than the one before: {steps}")
     if len(panel.front_seconds) > 1:
-        steps = " → ".join(f"{e.solver} {e.seconds:.2g} s" for e in panel.front_seconds)
-        lines.append(f"by wall seconds, each better than the one before: {steps}")
+        steps = " → ".join(
+            f"{e.solver} at {e.nfe:.4g} in {e.seconds:.2g} s" for e in panel.front_seconds
+        )
+        lines.append(f"by seconds for 1,000 samples, each better than the one before: {steps}")
     return lines
 
 
@@ -290,7 +301,7 @@ def _evidence(row: Mapping[str, Any]) -> Evidence:
         budget=row["budget"],
         grid=str(row.get("grid") or "its own"),
         nfe=row["nfe"],
-        seconds=row["seconds"],
+        seconds=seconds_of(row),
         metric=metric,
         value=_value(row) or 0.0,
         interval=_ends(intervals.get(metric)),
@@ -305,19 +316,20 @@ def _ends(interval: Sequence[float | None] | None) -> tuple[float, float] | None
     return interval[0], interval[1]
 
 
-def _value(row: Mapping[str, Any]) -> float | None:
-    found = (row.get("metrics") or {}).get(row.get("primary", ""))
-    value: float | None = None if found is None else found["value"]
-    return value
+def _value(row: Row) -> float | None:
+    return figure_of(row, row.get("primary", ""))
 
 
-def _sign(row: Mapping[str, Any]) -> int:
-    info = METRICS.get(row["primary"])
-    return 1 if info is None or info.lower_is_better else -1
+def _sign(row: Row) -> int:
+    return sign_of(row["primary"])
 
 
 def _numbers(values: Sequence[float | None]) -> list[float]:
     return [math.nan if value is None else value for value in values]
+
+
+def _evaluations(row: Row) -> float:
+    return float(row["nfe"])
 
 
 def _panel_key(row: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -22,7 +22,7 @@ import numpy as np
 
 from sde_diffusion.errors import require_finite
 
-__all__ = ["ErrorLaw", "Needed", "fit_law"]
+__all__ = ["ErrorLaw", "Needed", "evaluations_text", "fit_law"]
 
 LEAST = 3  # grids of a region
 AGREE, AGREE_PART = 0.2, 0.1  # of slopes: so much, or such a part of the order
@@ -44,6 +44,18 @@ class Needed:
     low: float
     high: float
     how: str
+
+
+def evaluations_text(needed: Needed) -> str:
+    """Evaluations for a wanted error: "37 (35–39)"."""
+
+    def short(n: float) -> str:
+        return f"{n:.0f}" if n < 1e5 else f"{n:.1e}" if math.isfinite(n) else "never"
+
+    if needed.how == "reached":
+        return f"≤ {short(needed.nfe)}"
+    star = "*" if needed.how == "extrapolated" else ""
+    return f"{short(needed.nfe)}{star} ({short(needed.low)}–{short(needed.high)})"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from rich.text import Text
 
 from experiments import compare, generate, generate_shards, steps
 from experiments.advice import advise
-from experiments.asymptotics import Needed
+from experiments.asymptotics import evaluations_text
 from experiments.costs import throughput_table
 from experiments.experiment_file import to_toml, write_experiment
 from experiments.galleries import draw_pictures
@@ -192,7 +191,7 @@ def _slope_table(
                 str(fit.declared),
                 order,
                 region,
-                *map(_evaluations, fit.needed),
+                *map(evaluations_text, fit.needed),
             )
     table.caption = Text(
         "ODE solvers: RMS distance to the fine ODE from the same noise, float64. SDE solvers: weak "
@@ -202,15 +201,3 @@ def _slope_table(
     )
     table.caption_justify = "left"
     return table
-
-
-def _evaluations(needed: Needed) -> str:
-    """Evaluations for a wanted error: "37 (35–39)"."""
-
-    def short(n: float) -> str:
-        return f"{n:.0f}" if n < 1e5 else f"{n:.1e}" if math.isfinite(n) else "never"
-
-    if needed.how == "reached":
-        return f"≤ {short(needed.nfe)}"
-    star = "*" if needed.how == "extrapolated" else ""
-    return f"{short(needed.nfe)}{star} ({short(needed.low)}–{short(needed.high)})"

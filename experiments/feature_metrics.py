@@ -86,11 +86,7 @@ class Neighbourhoods:
         """The ``metrics`` of samples' features (M, F), M above k for recall."""
         fake = _pair(features, self._real)[0]
         near, dense = self._radii
-        own = None
-        if "recall" in metrics:
-            if len(fake) <= self._ks[0]:
-                raise ValueError(f"recall needs more than {self._ks[0]} samples, got {len(fake)}")
-            (own,) = _radii(fake, self._ks[:1])
+        own = _own_radii(fake, self._ks[0]) if "recall" in metrics else None
         precise = balls = 0
         recalled, covered = (torch.zeros(len(self._real), dtype=torch.bool) for _ in range(2))
         for rows, distances in _tiles(fake, self._real):
@@ -99,7 +95,7 @@ class Neighbourhoods:
             balls += int(within.sum())
             covered |= within.any(0)
             if own is not None:
-                recalled |= (distances <= own[rows, None]).any(0)
+                recalled |= _reached(distances, own[rows])
         found = {
             "precision": precise / len(fake),
             "recall": float(recalled.double().mean()),
@@ -107,6 +103,31 @@ class Neighbourhoods:
             "coverage": float(covered.double().mean()),
         }
         return {name: found[name] for name in metrics}
+
+
+def recall(real: Tensor, features: Tensor, k: int = PRECISION_K) -> float:
+    """Share of ``real`` (N, F) within a neighbourhood of ``features`` (M, F), M above k.
+
+    `Neighbourhoods` without the neighbourhoods of the real ones, which recall does not ask for. It
+    grows with the number of samples, so compare figures of equal numbers only.
+    """
+    fake, true = _pair(features, real)
+    own = _own_radii(fake, require_count("k", k))
+    found = torch.zeros(len(true), dtype=torch.bool)
+    for rows, distances in _tiles(fake, true):
+        found |= _reached(distances, own[rows])
+    return float(found.double().mean())
+
+
+def _own_radii(fake: Tensor, k: int) -> Tensor:
+    if len(fake) <= k:
+        raise ValueError(f"recall needs more than {k} samples, got {len(fake)}")
+    return _radii(fake, (k,))[0]
+
+
+def _reached(distances: Tensor, own: Tensor) -> Tensor:
+    """Which columns lie within the radius (rows,) of some row."""
+    return (distances <= own[:, None]).any(0)
 
 
 def _radii(x: Tensor, ks: Sequence[int]) -> tuple[Tensor, ...]:

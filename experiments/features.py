@@ -118,9 +118,19 @@ class FeatureSpace:
             return self._model.data.test_size
         return min(samples, len(self._held_out(label)))
 
-    def real_samples(self, label: Which) -> Tensor | None:
-        """Held-out real samples, for pictures."""
-        return None if self._data is None else self._data.test_x[self._held_out(label)]
+    def real_samples(self, label: Which, size: int | None = None, repeat: int = 0) -> Tensor | None:
+        """A block of held-out real samples, of which no more is read than is asked for.
+
+        Args:
+            size: of a block; where there is less, or with None, all of it is one.
+            repeat: which block; after the last comes the first again.
+        """
+        if self._data is None:
+            return None
+        order = self._held_out(label)
+        size = len(order) if size is None else min(size, len(order))
+        blocks = order[: len(order) // max(1, size) * size].split(max(1, size))
+        return self._data.test_x[blocks[repeat % len(blocks)]]
 
     def _held_out(self, label: Which) -> Tensor:
         """Indices of held-out samples in the order in which blocks are filled."""

@@ -33,7 +33,11 @@ def guidance(
         typer.Option(help="An exact target's name, or digits; repeatable. Default: digits."),
     ] = None,
     model: Annotated[
-        list[str] | None, typer.Option(help="Folder of a trained conditional model; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="Conditional: folder of a trained model or of diffusers', a shipped one's name, "
+            "or package.module:factory; repeatable."
+        ),
     ] = None,
     sde: Annotated[
         list[str] | None, typer.Option(help="Repeatable. Default: vp, or the model's own.")
@@ -44,7 +48,7 @@ def guidance(
     ] = None,
     nfe: Annotated[
         list[str] | None,
-        typer.Option(help="Score evaluations per sample; repeatable. Default: 8,16,32."),
+        typer.Option(help="Score evaluations per sample; repeatable. Default: 8,16."),
     ] = None,
     guidance: Annotated[
         list[str] | None, typer.Option(help="classifier or cfg; repeatable. Default: both.")

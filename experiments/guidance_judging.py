@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from experiments.conditions import Condition
-from experiments.diversity import recall, within_class_variance
+from experiments.diversity import within_class_variance
 from experiments.draw import Machine
+from experiments.feature_metrics import recall
 from experiments.judging import Cell, ExactJudge, Judge, ModelJudge, block_ids
 from experiments.metrics import energy_distance, label_accuracy
 from experiments.subjects import ExactSubject, ModelSubject, Subject
+from solvers import UniPC
 
 __all__ = ["GuidanceJudge", "make_guidance_judge", "saturation"]
 
@@ -73,7 +75,7 @@ class ExactGuidanceJudge(GuidanceJudge, ExactJudge):
             **_alignment(logits, labels),
             "energy": sum(energies) / len(energies),
             "variance": within_class_variance(x, labels) / float(variance),
-            "recall": recall(true[:_NEAR], x[:_NEAR]),
+            "recall": recall(true[:_NEAR].flatten(1), x[:_NEAR].flatten(1)),
             "saturation": saturation(x, true.amin(0), true.amax(0)),
         }
 
@@ -99,7 +101,10 @@ class ExactGuidanceJudge(GuidanceJudge, ExactJudge):
 class ModelGuidanceJudge(GuidanceJudge, ModelJudge):
     """On a network: real data, and the judge that no guidance sees."""
 
-    fine_steps = 50
+    # Of digits at scales of 1 to 8 within 1.3e-3 deviations of 150 steps of rk4, as 50 of them are,
+    # at half the evaluations: 100.
+    fine_solver = UniPC(order=3)
+    fine_steps = 100
 
     def __init__(self, subject: ModelSubject, samples: int) -> None:
         super().__init__(subject, samples)
@@ -136,7 +141,7 @@ class ModelGuidanceJudge(GuidanceJudge, ModelJudge):
         features = self.space.features
         found = {
             "variance": within_class_variance(inside, labels) / own,
-            "recall": recall(features(real[:count]), features(x[:count])),
+            "recall": recall(features(real[:count]).flatten(1), features(x[:count]).flatten(1)),
             "saturation": saturation(x, torch.tensor(-1.0), torch.tensor(1.0)),
         }
         if self.space.can_classify:
@@ -145,12 +150,10 @@ class ModelGuidanceJudge(GuidanceJudge, ModelJudge):
 
     def _real(self, cell: Cell, repeat: int) -> Tensor:
         """A block of held-out samples, the classes in turn as those of the samples."""
-        held = self.space.real_samples(cell.condition.label)
+        held = self.space.real_samples(cell.condition.label, self.samples, repeat)
         if held is None:
             raise RuntimeError("the data has gone")  # found out when the judge was made
-        size = min(self.samples, len(held))
-        parts = held[: len(held) // size * size].split(size)
-        return parts[repeat % len(parts)]
+        return held
 
 
 def make_guidance_judge(subject: Subject, samples: int, seed: int, machine: Machine) -> Judge:

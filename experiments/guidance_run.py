@@ -28,7 +28,7 @@ from sde_diffusion.errors import require_finite
 __all__ = ["GuidanceOptions", "Line", "make_plan", "run"]
 
 SOLVERS = ("probability_flow", "dpm_solver_pp", "ancestral")
-BUDGETS = (8, 16, 32)
+BUDGETS = (8, 16)
 GUIDANCES = ("classifier", "cfg")
 SCALES = (1.0, 2.0, 4.0, 8.0)
 TOLERANCE = 0.25

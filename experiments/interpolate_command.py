@@ -17,9 +17,17 @@ def interpolate(
         typer.Option(help="An exact target in the plane or of images, or digits (the default)."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder of a trained image model, or a shipped one's name.")
+        str | None,
+        typer.Option(
+            help="Folder of a trained model or of diffusers', a shipped one's name, or "
+            "package.module:factory; of images or of points in the plane."
+        ),
     ] = None,
     sde: Annotated[str | None, typer.Option(help="Default: vp, or the model's own.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="A model's ends: .npy or image folder. Default: its own held-out data."),
+    ] = None,
     pairs: Annotated[int, typer.Option(help="How many paths, or samples whose class changes.")] = 6,
     points: Annotated[int, typer.Option(help="On each path, both ends included.")] = 9,
     label: Annotated[
@@ -63,7 +71,7 @@ def interpolate(
     plan = make_plan(
         InterpolateOptions(
             target, model, sde, pairs, points, label, classes, temperature, solver, steps,
-            tolerance, seed, out,
+            tolerance, seed, out, data,
         )
     )  # fmt: skip
     with ProgressBar() as bar:

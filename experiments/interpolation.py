@@ -46,6 +46,7 @@ class InterpolateOptions:
     tolerance: float | None = None
     seed: int = 0
     out: str | None = None
+    data: str | None = None
 
 
 @dataclass
@@ -93,9 +94,10 @@ def make_plan(options: InterpolateOptions) -> InterpolatePlan:
         raise ValueError("--classes shows every class; leave --label out")
     sdes = () if options.sde is None else (options.sde,)
     if options.model is None:
-        given = SubjectOptions((options.target or "digits",), (), sdes or ("vp",))
+        target = options.target or "digits"
+        given = SubjectOptions((target,), (), sdes or ("vp",), options.data)
     else:
-        given = SubjectOptions((), (options.model,), sdes)
+        given = SubjectOptions((), (options.model,), sdes, options.data)
     (subject,) = make_subjects(given)
     (sde,) = subject.sdes
     (condition,) = make_conditions(("none",), (), options.label)
@@ -189,7 +191,9 @@ def _ends(options: InterpolateOptions, subject: Subject) -> tuple[Tensor, Tensor
         x, labels = subject.target.sample(2 * pairs, options.seed, label, dtype=torch.float64)
         return x[:pairs], x[pairs:], labels[:pairs]
     if not isinstance(subject, ModelSubject) or subject.data is None:
-        raise ValueError(f"the data that {subject.name!r} was trained on is not to be had")
+        raise ValueError(
+            f"the data that {subject.name!r} was trained on is not to be had; name some with --data"
+        )
     held, classes = subject.data.test_x, subject.data.test_y
     chosen = torch.arange(len(held))
     if options.label not in (None, "none") and classes is not None:

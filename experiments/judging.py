@@ -45,12 +45,13 @@ class Judge(ABC):
 
     Attributes:
         primary: the metric that stands for quality.
-        fine_steps: steps of the fine ODE solution (fourth order, four evaluations each).
+        fine_solver, fine_steps: of the fine ODE solution.
         samples: in a repeat.
         paired: samples of a repeat that are compared with the fine ODE from the same noise.
     """
 
     primary: str
+    fine_solver: ClassVar[Solver] = ProbabilityFlow("rk4")
     fine_steps: ClassVar[int]
     samples: int
     paired: int
@@ -203,7 +204,7 @@ class ModelJudge(Judge):
         return f"{part}, in the judge's features"
 
     def true_samples(self, cell: Cell, repeat: int) -> Tensor | None:
-        return self.space.real_samples(cell.condition.label)
+        return self.space.real_samples(cell.condition.label, self.samples, repeat)
 
 
 def make_judge(subject: Subject, samples: int, seed: int, machine: Machine) -> Judge:

@@ -270,7 +270,12 @@ def _width(options: LikelihoodOptions, subject: Subject) -> float | None:
         return None
     description = subject.judge.data
     levels = options.levels or (_DIGITS_LEVELS if description.name == "digits" else None)
-    return bin_width(description.scaling, levels)
+    try:
+        return bin_width(description.scaling, levels)
+    except ValueError as error:
+        raise ValueError(
+            f"--levels: {error}; or --draws 0 for densities of data that is not rounded"
+        ) from None
 
 
 def _batch(plan: LikelihoodPlan, ids: Tensor) -> Figures:

@@ -16,7 +16,11 @@ def likelihood(
         str | None, typer.Option(help="An exact target, or digits (the default).")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder of a trained model, or a shipped one's name.")
+        str | None,
+        typer.Option(
+            help="Folder of a trained model or of diffusers', a shipped one's name, or "
+            "package.module:factory."
+        ),
     ] = None,
     sde: Annotated[str | None, typer.Option(help="Default: vp, or the model's own.")] = None,
     data: Annotated[

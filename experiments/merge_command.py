@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,10 +25,10 @@ def merge(
       sde-diffusion merge runs/monday runs/tuesday --out runs/both
     """
     from experiments.merging import merge as merged
+    from experiments.results import command_line
     from experiments.runs import load_run
     from experiments.tables import make_console
 
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    path = merged(load_run(a), load_run(b), out, command)
+    path = merged(load_run(a), load_run(b), out, command_line())
     rows = load_run(path).rows
     make_console().print(f"wrote {path}/ results.json, cells.parquet: {len(rows)} rows")

@@ -128,7 +128,7 @@ class Plan:
         """What a solver without noise is compared with sample by sample; None for others."""
         if planned.cell.solver.stochastic:
             return None
-        fine = Cell(planned.cell.sde, planned.cell.condition, ProbabilityFlow("rk4"))
+        fine = Cell(planned.cell.sde, planned.cell.condition, self.judge(planned).fine_solver)
         return self._task("fine", PlannedCell(planned.subject, fine, None, None), repeat)
 
     def floor_task(self, planned: PlannedCell, repeat: int) -> Task:

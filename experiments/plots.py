@@ -19,20 +19,10 @@ from experiments.asymptotics import ErrorLaw
 from experiments.canvas import GREY, Look, in_order, picture
 from experiments.law_pictures import draw_law, hollow, law_text, shade_region
 from experiments.metrics import METRICS, MetricInfo
+from experiments.quality import Rows, figure_of, primary_metric, sde_title
 from experiments.slopes import Slope, fit_slope
 
-Rows = Sequence[Mapping[str, Any]]
 Floor = Mapping[str, Mapping[str, Mapping[str, float | None]]]
-_PREFERRED = ("frechet", "energy", "sliced_w2", "w2", "rms")
-_SDE_NAMES = {
-    "vp": "VP",
-    "ve": "VE",
-    "sub_vp": "sub-VP",
-    "subvp": "sub-VP",
-    "cosine": "cosine VP",
-    "edm": "EDM",
-    "tabulatedvp": "DDPM chain",
-}
 
 
 def quality_vs_nfe(
@@ -90,7 +80,7 @@ def error_vs_steps(
     Raises:
         ValueError: no row can be drawn.
     """
-    drawn = [row for row in rows if row.get("steps") and _value(row, metric) is not None]
+    drawn = [row for row in rows if row.get("steps") and figure_of(row, metric) is not None]
     solvers, targets, sdes = _axes_of(drawn, metric)
     each = 3.3 + 0.19 * (len(solvers) + 1)
     with picture(path, height=0.7 + each * len(targets), width=4.4 * max(len(sdes), 1)) as figure:
@@ -126,7 +116,7 @@ def error_vs_steps(
                     entries.append((handle, f"{solver}: {_order(slope)}"))
                 shade_region(ax, known)
                 _finish(ax, here, "steps", METRICS.get(metric))
-                ax.set_title(f"{target} · {_sde_name(sde)}", loc="left")
+                ax.set_title(f"{target} · {sde_title(sde)}", loc="left")
                 if entries:
                     ax.legend(
                         *zip(*entries, strict=True),
@@ -162,15 +152,6 @@ def row_label(row: Mapping[str, Any], rows: Rows = ()) -> str:
     return name
 
 
-def primary_metric(rows: Rows, target: str) -> str | None:
-    """The metric that stands for a target's quality in a picture."""
-    present = {name for row in rows if row["target"] == target for name in row["metrics"]}
-    for name in (*_PREFERRED, *sorted(present)):
-        if name in present:
-            return name
-    return None
-
-
 def _quality(
     path: str | os.PathLike[str],
     rows: Rows,
@@ -184,7 +165,7 @@ def _quality(
         for target in in_order([row["target"] for row in rows])
     }
     drawn = [
-        row for row in rows if _value(row, chosen[row["target"]]) is not None and row[x_key] > 0
+        row for row in rows if figure_of(row, chosen[row["target"]]) is not None and row[x_key] > 0
     ]
     solvers, targets, sdes = _axes_of(drawn, " or ".join(sorted({str(m) for m in chosen.values()})))
     with picture(path, height=0.75 + 2.75 * len(targets)) as figure:
@@ -205,7 +186,7 @@ def _quality(
                         _draw(ax, line, x_key, metric, Look(k))
                 with_floor |= _draw_floor(ax, bottom)
                 _finish(ax, here, x_key, info)
-                ax.set_title(f"{target} · {_sde_name(sde)}", loc="left")
+                ax.set_title(f"{target} · {sde_title(sde)}", loc="left")
             grid[i, 0].set_ylabel(_metric_label(metric))
         for ax in grid[-1]:
             ax.set_xlabel(x_label)
@@ -345,19 +326,9 @@ def _axes_of(rows: Rows, what: str) -> tuple[list[str], list[str], list[str]]:
     )
 
 
-def _value(row: Mapping[str, Any], metric: str | None) -> float | None:
-    found = row["metrics"].get(metric)
-    value = None if found is None else found["value"]
-    return value if value is not None and np.isfinite(value) else None
-
-
 def _metric_label(metric: str) -> str:
     info = METRICS.get(metric)
     return metric if info is None else f"{info.label}\n({info.unit})"
-
-
-def _sde_name(sde: str) -> str:
-    return _SDE_NAMES.get(sde, sde)
 
 
 def _order(slope: Slope) -> str:

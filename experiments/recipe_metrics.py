@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from experiments.conditions import ALL
-from experiments.diversity import recall, within_class_variance
+from experiments.diversity import within_class_variance
 from experiments.estimates import Estimate, estimate
+from experiments.feature_metrics import recall
 from experiments.features import FeatureSpace
 from experiments.metrics import label_accuracy
 from experiments.recipe_models import RecipeModels

@@ -28,7 +28,11 @@ def restore(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder of a trained model, or a shipped one's name.")
+        str | None,
+        typer.Option(
+            help="Folder of a trained model or of diffusers', a shipped one's name, or "
+            "package.module:factory."
+        ),
     ] = None,
     target: Annotated[
         str | None, typer.Option(help="digits (the default); with --table an exact target.")

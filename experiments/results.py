@@ -169,7 +169,7 @@ class RunFolder:
         self._head: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "experiment": experiment,
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": command_line(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "config": plain(config),
             "environment": environment(device),
@@ -269,6 +269,14 @@ def results_schema() -> dict[str, Any]:
     text = resources.files("experiments").joinpath("results.schema.json").read_text("utf-8")
     schema: dict[str, Any] = json.loads(text)
     return schema
+
+
+def command_line() -> str:
+    """This process's command as it would be typed again."""
+    name = Path(sys.argv[0]).name
+    # By python -m, the first argument is a file that cannot be run by its name.
+    typed = ["python", "-m", "experiments"] if name == "__main__.py" else [name]
+    return shlex.join([*typed, *sys.argv[1:]])
 
 
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:

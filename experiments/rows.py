@@ -33,7 +33,8 @@ from experiments.store import CellStore
 from experiments.work import Done
 from solvers.catalogue import name_of, settings_of
 
-_REWRITE = 1.0  # seconds between two writes of results.json
+_REWRITE = 1.0  # seconds between two writes of results.json, at least
+_SHARE = 0.02  # of the run's time that writes may take
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Rows:
         self._outcome = outcome
         self._records: dict[str, Record] = {}
         self._rows: dict[int, Row] = {}
-        self._written = -math.inf
+        self._due = -math.inf  # when results.json is to be written again
         self._bootstrap = PairedBootstrap(outcome.plan.options.seed)
         adaptive = outcome.plan.options.until_resolved
         self._error = error_at_look(1) if adaptive else 1 - LEVEL
@@ -105,16 +106,18 @@ class Rows:
         index = self._row_of[key]
         if all(other in self._records for other in self._keys[index]):
             self._rows[index] = self._row(index)
-            if time.monotonic() - self._written > _REWRITE:
+            if time.monotonic() > self._due:
                 self.write()
 
     def write(self) -> None:
         """Write results.json with the rows that are whole."""
+        began = time.monotonic()
         plan = self._outcome.plan
         order = sorted(self._rows)
         self._outcome.finished = [plan.cells[i] for i in order]
         self._outcome.folder.replace(with_ranks([self._rows[i] for i in order], self._error))
-        self._written = time.monotonic()
+        now = time.monotonic()
+        self._due = now + max(_REWRITE, (now - began) / _SHARE)
 
     def measure(self, costs: Costs, progress: Progress) -> None:
         """Add to the rows what a sample costs, one after the other, nothing else at work."""

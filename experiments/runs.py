@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.conditions import interval_name
 from experiments.records import OK, Record
 from experiments.results import load_results
 from experiments.store import CellStore
@@ -64,7 +65,9 @@ def identity(row: Mapping[str, Any]) -> Identity:
     else:
         count = "own steps" if row["steps"] is None else f"{row['steps']} steps"
     scale = "" if row["scale"] is None else f" γ={row['scale']:g}"
-    guidance = "" if row["guidance"] == "none" else f"{row['guidance']}{scale}"
+    interval = row.get("interval")
+    where = "" if interval is None else f" in {interval_name(interval)}"
+    guidance = "" if row["guidance"] == "none" else f"{row['guidance']}{scale}{where}"
     label = row.get("label")
     return (
         str(row["target"]),

@@ -15,13 +15,13 @@ from rich.text import Text
 
 from experiments.canvas import in_order
 from experiments.metrics import METRICS
+from experiments.quality import sde_title
 
 Rows = Sequence[Mapping[str, Any]]
 Found = Mapping[str, Any]  # {"value": ..., "stderr": ...}
 
 BEST, TIED, FLOOR, FAINT = "bold green", "green", "italic", "dim"
 _SECONDARY = {"accuracy": "label accuracy", "rms": "RMS to fine ODE"}
-_SDE_TITLES = {"vp": "VP", "ve": "VE", "subvp": "sub-VP", "cosine": "cosine VP", "edm": "EDM"}
 
 
 def make_console(*, error: bool = False) -> Console:
@@ -105,7 +105,7 @@ def _target_table(target: str, rows: Rows) -> Table:
     for sde, guided_by in dict.fromkeys((str(r["sde"]), str(r["guided_by"])) for r in rows):
         here = [row for row in rows if (row["sde"], row["guided_by"]) == (sde, guided_by)]
         table.add_section()
-        title = _SDE_TITLES.get(sde, sde) + (f" · {guided_by}" if several else "")
+        title = sde_title(sde) + (f" · {guided_by}" if several else "")
         table.add_row(Text(title, style="bold"))
         _add_solvers(table, here, primary, budgets, own)
         _add_floors(table, here, primary, budgets, own)

@@ -141,7 +141,7 @@ def compute(task: Task, given: Given | None, workers: int) -> Done:
     machine = Machine(make_machine(task.device, None).device, task.batch_size, workers)
     ids = block_ids(task.samples, task.repeat)
     if task.kind == "fine":
-        drawn = _drawn(task, machine, ids[: judge.paired], ProbabilityFlow("rk4"), judge.fine_steps)
+        drawn = _drawn(task, machine, ids[: judge.paired], judge.fine_solver, judge.fine_steps)
         fine_record = record_of(task, **_costs(drawn), judging_seconds=made, **named)
         return Done(fine_record, {"x": drawn.x})
     _warm_up(task, machine, ids)

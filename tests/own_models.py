@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sde_diffusion import VPSDE, EpsModel, GaussianMixture
+from sde_diffusion import VESDE, VPSDE, EpsModel, GaussianMixture, Prediction
 from sde_diffusion.checkpoints import load_model
 
 MIXTURE = GaussianMixture(
@@ -70,3 +70,48 @@ def first_value(x: Tensor) -> Tensor:
 
 def of_wrong_shape(x: Tensor) -> Tensor:
     return x.sum()
+
+
+def _images() -> GaussianMixture:
+    """Three classes of 8 × 8 images, each a blob of its own: of known law."""
+    places = torch.arange(8.0)
+    bumps = [torch.exp(-((places - at) ** 2) / 3) for at in (1.5, 3.5, 5.5)]
+    means = torch.stack([(1.2 * torch.outer(a, a) - 0.6)[None] for a in bumps])
+    return GaussianMixture(
+        means=means.flatten(1),
+        covariances=torch.full((3,), 0.01),
+        labels=torch.arange(3),
+        event_shape=(1, 8, 8),
+    )
+
+
+IMAGES = _images()
+
+
+class _Exact(nn.Module):
+    """The mixture's score behind parameters, as a trained network has."""
+
+    def __init__(self, sde: Any) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+        self._model = IMAGES.model(sde)
+
+    def forward(self, x: Tensor, level: Any, label: Any = None) -> Prediction:
+        return Prediction.from_eps(x, level, self.gain * self._model(x, level, label).eps)
+
+
+def labelled_vp() -> Any:
+    """Images with classes and a classifier, under VP."""
+    sde = VPSDE()
+    return SimpleNamespace(
+        model=_Exact(sde), sde=sde, event_shape=(1, 8, 8), num_classes=3,
+        classifier=IMAGES.classifier(sde), data_range=(0.0, 255.0),
+    )  # fmt: skip
+
+
+def plain_ve() -> Any:
+    """Images without classes, under VE."""
+    sde = VESDE()
+    return SimpleNamespace(
+        model=_Exact(sde), sde=sde, event_shape=(1, 8, 8), data_range=(0.0, 255.0)
+    )

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments import diversity, feature_metrics
-from experiments.feature_metrics import Neighbourhoods, kernel_distance
+from experiments import feature_metrics
+from experiments.feature_metrics import Neighbourhoods, kernel_distance, recall
 
 
 def normal(n: int, d: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -144,8 +144,11 @@ def test_what_does_not_fit_is_explained() -> None:
         kernel_distance(x, x * torch.nan)
 
 
-def test_recall_is_that_of_the_guidance_experiment() -> None:
-    real, fake = normal(60, 3, 0), normal(50, 3, 1, 0.5)
-    found = Neighbourhoods(real).compare(fake, ("recall",))["recall"]
-    assert found == diversity.recall(real, fake)
+@pytest.mark.parametrize("sizes", [(60, 50), (600, 300)], ids=str)  # one tile, and several
+def test_recall_alone_is_recall_among_others(sizes: tuple[int, int]) -> None:
+    real, fake = normal(sizes[0], 3, 0), normal(sizes[1], 3, 1, 0.5)
+    found = recall(real, fake)
+    assert found == Neighbourhoods(real).compare(fake, ("recall",))["recall"]
+    if sizes == (60, 50):
+        assert found == brute_force(real, fake, 3, 5)["recall"]
     assert 0 < found < 1

@@ -16,6 +16,7 @@ from torch import Tensor
 from experiments import plots
 from experiments.canvas import DPI, picture
 from experiments.pictures import SampleGroup, samples_figure, strip_figure, tile_images
+from experiments.quality import primary_metric
 from experiments.slopes import fit_slope
 
 
@@ -99,7 +100,7 @@ def test_the_metric_can_be_chosen(tmp_path: Path) -> None:
     rows = [
         row(metrics={"w2": {"value": 1.0, "stderr": 0.1}, "energy": {"value": 2.0, "stderr": 0}})
     ]
-    assert plots.primary_metric(rows, "ring") == "energy"
+    assert primary_metric(rows, "ring") == "energy"
     plots.quality_vs_nfe(tmp_path / "q.png", rows, metrics={"ring": "w2"})
     with pytest.raises(ValueError, match="finite value of rms"):
         plots.quality_vs_nfe(tmp_path / "q.png", rows, metrics={"ring": "rms"})

@@ -13,7 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from experiments.cli import app
-from experiments.diversity import recall, within_class_variance
+from experiments.diversity import within_class_variance
+from experiments.feature_metrics import recall
 from experiments.recipe_file import find_recipes, read_recipe
 from experiments.recipe_models import models_of
 from experiments.results import load_results, results_schema
@@ -188,5 +189,5 @@ def test_recall_is_the_share_of_real_points_near_a_generated_one() -> None:
     real[200:] += 100
     made = torch.randn(400, 2, generator=generator)
     assert recall(real, made) == pytest.approx(0.5, abs=0.02)
-    with pytest.raises(ValueError, match="neighbours"):
+    with pytest.raises(ValueError, match="recall needs more than 3"):
         recall(real, made[:3])

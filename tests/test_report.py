@@ -18,9 +18,13 @@ from experiments.cli import app
 from experiments.compare import CompareOptions, make_plan
 from experiments.merging import merge
 from experiments.reporting import page, pictures
-from experiments.reporting.charts import Chart, budget_charts, quality_charts
-from experiments.reporting.findings import best_samplers, pareto
+from experiments.reporting.budgets import budget_charts, largest_table
+from experiments.reporting.charts import Chart, quality_charts, undominated
+from experiments.reporting.contents import verdicts
 from experiments.reporting.page import render, write_report
+from experiments.reporting.scales import breaks_table
+from experiments.reporting.slopes import slope_charts, slope_table
+from experiments.reporting.sources import load_source
 from experiments.runs import Run, load_run
 from tests.test_compare import Silent
 from tests.test_plots import row
@@ -95,7 +99,8 @@ def test_every_row_and_figure_is_on_the_page(run: Run, text: str) -> None:
     values = [attributes["data-value"] for attributes, _ in parsed.all("td", **{"class": "number"})]
     for shown in run.rows:
         assert repr(float(shown["metrics"]["energy"]["value"])) in values
-    assert len([r for r in rows if "ancestral" in r[2][0] or "ddim" in r[2][0]]) == len(run.rows)
+    # Rows of the table have a status at their end; those of the advice's evidence have none.
+    assert len([r for r in rows if r[2][0].rstrip().endswith("ok")]) == len(run.rows)
     assert parsed.all("code", id="command")[0][1] == run.results["command"]
     assert run.results["environment"]["versions"]["torch"] in text
     anchors = {attributes["href"][1:] for attributes, _ in parsed.all("a")}
@@ -167,20 +172,155 @@ def test_certificates_and_error_budgets_are_shown_where_there_are_some(
     }  # fmt: skip
     orders = {"passed": True, "certificates": [certificate]}
     (tmp_path / "orders.json").write_text(json.dumps(orders))
-    budget = {"discretisation": {"value": 0.2, "stderr": 0.1}, "score": {"value": 0.1}}
-    rows = [{**r, "error_budget": budget} for r in run.rows]
-    changed = Run(tmp_path, {**run.results, "rows": rows}, {})
+    changed = Run(tmp_path, {**run.results, "rows": run.rows}, {})
     parsed = Page(render(changed, trajectories=False))
     ids = {attributes["id"] for attributes, _ in parsed.all("section")}
-    assert {"orders", "budget"} <= ids
+    assert "orders" in ids
     assert "denoising" not in ids
     assert "1.99" in parsed.all("section", id="orders")[0][1]
-    bars = budget_charts(rows)[0].figure["data"]
-    assert [bar["name"] for bar in bars] == ["discretisation (solver)", "score error (network)"]
-    assert all(bar["x"] == [value] * 4 for bar, value in zip(bars, (0.2, 0.1), strict=True))
+    # A folder of orders alone, too; and on the page of another run.
+    alone = {**orders, "experiment": "orders", "command": "orders", "started": "", "config": {},
+             "status": "finished", "environment": run.results["environment"]}  # fmt: skip
+    (tmp_path / "orders.json").write_text(json.dumps(alone))
+    certificates = load_source(tmp_path)
+    for text in (render(certificates), render(run, more=[certificates], trajectories=False)):
+        parsed = Page(text)
+        assert "1.99" in parsed.all("section", id="orders")[0][1]
+        assert parsed.all("code")[0][1] in ("orders", run.results["command"])
+    alone_page = Page(render(certificates))
+    assert not alone_page.all("section", id="table")
+    assert "1 certified, all pass." in alone_page.all("section", id="summary")[0][1]
 
 
-def test_what_cannot_be_sampled_again_is_said(run: Run) -> None:
+def test_an_error_budget_is_stacked_and_its_largest_part_named() -> None:
+    parts = {
+        "discretisation": {"value": 0.2, "interval": [0.1, 0.3], "resolved": True},
+        "truncation": {"value": 0.1, "interval": [0.0, 0.15], "resolved": False},
+        "total": {"value": 0.25, "interval": [0.2, 0.26], "resolved": True},
+        "floor": {"value": 0.05, "interval": None, "resolved": True},
+    }
+    rows = [shown("a", nfe, 0.1, parts=parts) for nfe in (10, 20)]
+    *bars, total = budget_charts(rows)[0].figure["data"]
+    assert {bar["name"]: bar["x"] for bar in bars} == {
+        "truncation at t_min": [0.1, 0.1],
+        "discretisation": [0.2, 0.2],
+        "Monte Carlo (floor)": [0.05, 0.05],
+    }
+    assert total["x"] == [0.25, 0.25]
+    assert total["error_x"]["array"] == pytest.approx([0.01, 0.01])
+    assert total["error_x"]["arrayminus"] == pytest.approx([0.05, 0.05])
+    first = largest_table(rows)["rows"][0]
+    assert first[-3:] == ["discretisation", "0.2 (0.1–0.3)", "0.25 (0.2–0.26)"]
+    assert budget_charts([shown("a", 10, 0.1)]) == []
+
+
+def test_slopes_have_their_law_and_their_order() -> None:
+    law = {
+        "order": 2.0, "order_low": 1.9, "order_high": 2.1, "first": 8, "last": 32, "constant": 3.0,
+        "wanted": [{"error": 1e-3, "nfe": 54.8, "low": 50.0, "high": None, "how": "extrapolated"}],
+    }  # fmt: skip
+    rows = [
+        row(steps=n, metrics={"error": {"value": 3.0 / n**2, "stderr": None}}, spec="heun",
+            declared_order=2, law=law)
+        for n in (8, 16, 32)
+    ]  # fmt: skip
+    line, points = slope_charts(rows)[0].figure["data"]
+    # The law goes through the points: 3 n^-2 at both ends.
+    assert line["x"] == [8, 32]
+    assert line["y"] == pytest.approx([points["y"][0], points["y"][-1]])
+    table = slope_table(rows)
+    assert table["heads"][-1] == "NFE for 0.001"
+    assert table["rows"] == [
+        ["ring · VP", "heun", "2", "2.00 (1.90–2.10)", "8–32", "55* (50–never)"]
+    ]
+
+
+def test_breaking_scales_are_in_the_words_of_the_console() -> None:
+    def at(scale: float, interval: Any, value: Any, side: str) -> Any:
+        ends = {"scale": value, "low": value, "high": value}
+        sides = {f"{key}_side": side for key in ends}
+        return shown("ddim", 8, 0.1, guidance="cfg", scale=scale, interval=interval,
+                     breaks_at={**ends, **sides})  # fmt: skip
+
+    rows = [
+        at(1.0, None, 2.5, "within"), at(4.0, None, 2.5, "within"),
+        at(4.0, [0.3, 3.0], None, "above"),
+    ]  # fmt: skip
+    assert breaks_table(rows)["rows"] == [
+        ["ring · VP · cfg", "ddim", "2.5 (2.5–2.5)"],
+        ["ring · VP · cfg in σ/α 0.3–3", "ddim", "> 4"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sections"),
+    [
+        ("steps --sde vp --solver ddim --steps 4,8,16", {"table", "slopes"}),
+        (
+            "error-budget --sde vp --nfe 4 --solver ddim --samples 20 --repeats 2",
+            {"table", "budget"},
+        ),
+        (
+            "guidance --target ring --solver ddim --nfe 4 --scale 1,2 --samples 40 --jobs 1",
+            {"table", "nfe", "seconds", "scales", "samples", "denoising"},
+        ),
+        ("orders --quick --solver ddim", {"orders"}),
+    ],
+)
+def test_every_experiment_has_a_page(tmp_path: Path, arguments: str, sections: set[str]) -> None:
+    runner = CliRunner()
+    done = runner.invoke(app, [*arguments.split(), "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    done = runner.invoke(app, ["report", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    parsed = Page((tmp_path / page.PAGE).read_text(encoding="utf-8"))
+    found = {attributes["id"] for attributes, _ in parsed.all("section")}
+    assert found == {"summary", "environment"} | sections
+    assert not parsed.all("p", **{"class": "warning"})
+
+
+def test_a_recipe_says_what_came_nearest() -> None:
+    given = {"floor": {"energy": {"value": 0.05, "stderr": None}}, "seed": 0}
+    rows = [shown("a", 10, 0.2, **given), shown("b", 10, 0.1, **given)]
+    (line,) = verdicts("recipe", rows, Path())
+    words = "ring, nearest to the data by Energy distance (squared): b · NFE 10, 0.100 ± 0.010"
+    assert line.startswith(words)
+    assert line.endswith("; true samples: 0.05.")
+
+
+def test_other_folders_name_what_can_be_reported(tmp_path: Path) -> None:
+    runner = CliRunner()
+    done = runner.invoke(app, ["sample", "-n", "4", "--nfe", "2", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    wrong = runner.invoke(app, ["report", str(tmp_path)])
+    assert wrong.exit_code == 2
+    words = " ".join(wrong.output.split())
+    assert "is of sde-diffusion sample, which has no report: its figures are in" in words
+    assert "compare, guidance, steps, error-budget, recipe or orders" in words
+
+
+def test_the_advice_is_that_of_the_console(tmp_path: Path) -> None:
+    arguments = (
+        "compare --target ring --sde vp,ve --solver ddim --solver euler_maruyama --nfe 4,8,32 "
+        "--samples 400 --repeats 4 --jobs 1"
+    ).replace("vp,ve", "vp --sde ve")
+    runner = CliRunner()
+    done = runner.invoke(app, [*arguments.split(), "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    said = re.search(r"ring · vp: .*?(?=wrote )", done.output, re.DOTALL)
+    assert said is not None
+    assert " use " in said[0]  # something was resolved
+    parsed = Page(render(load_run(tmp_path), trajectories=False))
+    lines = [text for name, found, (text,) in parsed.elements
+             if name == "p" and found.get("class", "").startswith("line")]  # fmt: skip
+    assert " ".join(" ".join(lines).split()) == " ".join(said[0].split())
+    # The table is after the advice, and evidence stands below it.
+    ids = [attributes["id"] for attributes, _ in parsed.all("section")]
+    assert ids[:2] == ["summary", "table"]
+    assert parsed.all("summary")[0][1] == "Evidence"
+
+
+def test_what_cannot_be_sampled_again_isverdicts(run: Run) -> None:
     config = {**run.results["config"], "targets": [], "models": ["/no/such/model"]}
     text = render(replace(run, results={**run.results, "config": config}))
     said = [t for _, t in Page(text).all("p", **{"class": "warning"})]
@@ -241,27 +381,13 @@ def shown(solver: str, nfe: int, value: float, stderr: float | None = 0.01, **mo
     return row(solver=solver, metrics=metrics, **{**given, **more})
 
 
-def test_the_best_is_named_only_where_it_is_resolved() -> None:
-    rows = [
-        shown("a", 10, 0.10), shown("b", 10, 0.14),  # apart by 0.04, noise 0.0141
-        shown("a", 20, 0.05), shown("b", 20, 0.07), shown("c", 20, 0.5),  # a, b by 0.02
-        shown("a", 40, 0.01, None), shown("b", 40, 0.9, None),  # one repeat: noise unknown
-        shown("a", 80, 0.01),
-    ]  # fmt: skip
-    ten, twenty, forty = best_samplers(rows)
-    assert (ten.resolved, ten.best.split(",")[0]) == (True, "a")
-    assert (twenty.resolved, twenty.ties) == (False, ("b",))
-    assert (forty.resolved, forty.ties) == (False, ("b",))
-
-
-def test_other_laws_are_not_ranked_together() -> None:
+def test_other_laws_have_charts_of_their_own() -> None:
     guided = {"guidance": "cfg", "scale": 2.0, "guided_by": "cfg γ=2"}
     ode, sde = "the guided ODE, finely solved", "the guided SDE, finely solved"
     rows = [
         shown("a", 10, 0.1, truth=ode, **guided),
         shown("b", 10, 0.5, truth=sde, **guided),
     ]
-    assert best_samplers(rows) == []
     assert len(quality_charts(rows, "nfe")) == 2
 
 
@@ -271,7 +397,7 @@ def test_the_front_is_what_nothing_beats() -> None:
 
     points = np.random.default_rng(0).uniform(0.1, 1, (60, 2))
     rows = [shown(f"s{i}", float(c), float(v)) for i, (c, v) in enumerate(points)]
-    front = {r["spec"] for r in pareto(rows, "energy", lambda r: float(r["nfe"]))}
+    front = {r["spec"] for r in undominated(rows, "energy", "nfe")}
     beaten = {
         f"s{i}"
         for i, (c, v) in enumerate(points)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +18,7 @@ from experiments.certify.checks import measure
 from experiments.compare import Interrupted, Progress
 from experiments.draw import one_thread_each
 from experiments.folders import default_out, prepare_out
-from experiments.results import check_writable, environment, plain, write_whole
+from experiments.results import check_writable, command_line, environment, plain, write_whole
 from solvers.catalogue import is_peer, settings_of
 
 ORDERS, PICTURE = "orders.json", "orders.png"
@@ -121,7 +119,7 @@ class OrdersFile:
         self._head = {
             "schema_version": SCHEMA_VERSION,
             "experiment": "orders",
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": command_line(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "config": plain(config),
             "tolerance": TOLERANCE,

@@ -11,16 +11,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from experiments.advice import Cost, panels_of, pareto_front
 from experiments.canvas import COLOURS, in_order
 from experiments.metrics import METRICS
-from experiments.reporting.findings import (
-    SDE_TITLES,
+from experiments.quality import (
+    Interval,
+    Law,
+    Row,
     Rows,
-    figure,
-    interval,
+    figure_of,
+    interval_of,
     law_of,
-    pareto,
     primary_of,
+    sde_title,
     seconds_of,
     sign_of,
 )
@@ -29,14 +32,6 @@ from experiments.tables import number
 
 MARKERS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x")
 DASHES = ("solid", "dash", "dot")
-# Of an error budget (rows with ``error_budget``: part -> estimate), as they are stacked.
-PARTS = {
-    "prior": "prior mismatch at T",
-    "truncation": "truncation at t_min",
-    "discretisation": "discretisation (solver)",
-    "score": "score error (network)",
-    "monte_carlo": "Monte Carlo",
-}
 _HEIGHT = 340
 
 
@@ -54,31 +49,36 @@ def samplers_of(rows: Rows) -> list[str]:
     return in_order([sampler(row) for row in rows])
 
 
-def quality_charts(rows: Rows, cost: str) -> list[Chart]:
-    """Quality against ``nfe`` or ``seconds``: a chart for each law and SDE, with its front."""
+def quality_charts(rows: Rows, cost: Cost) -> list[Chart]:
+    """Quality against ``nfe`` or ``seconds``: a chart for each law and SDE, with the front that
+    the advice names."""
     charts = []
+    fronts = [row for here in panels_of(rows).values() for row in pareto_front(here, cost)]
     names = samplers_of(rows)
-    for (law, sde), here in _panels(rows).items():
+    for (law, sde), here in by_panel(rows).items():
         metric = primary_of(here[0], rows)
-        known = [row for row in here if figure(row, metric) is not None and _spent(row, cost) > 0]
+        known = [
+            row for row in here if figure_of(row, metric) is not None and _spent(row, cost) > 0
+        ]
         if not known:
             continue
         traces = _floor(known, metric, cost)
-        front = pareto(known, metric, lambda row: _spent(row, cost))
-        traces.append(_front(front, metric, cost))
+        traces.append(_front(undominated(known, metric, cost), known, metric, cost))
+        resolved = [row for row in known if any(row is one for one in fronts)]
+        traces.append(_rings(resolved, metric, cost))
         for k, name in enumerate(names):
             line = sorted((r for r in known if sampler(r) == name), key=lambda r: _spent(r, cost))
             if line:
                 traces.append(_line(line, name, k, metric, cost))
         info = METRICS.get(metric)
         label = metric if info is None else info.label
-        title = _title(law, sde, rows)
-        best = front[-1]
+        title = title_of(law, sde, rows)
+        best = min(known, key=lambda row: sign_of(metric) * (figure_of(row, metric) or 0.0))
         words = (
             f"{title}: {label} against {_COSTS[cost]}; best {sampler(best)} at "
-            f"{_spent(best, cost):.3g}, {number(figure(best, metric))}"
+            f"{_spent(best, cost):.3g}, {number(figure_of(best, metric))}"
         )
-        values = [figure(row, metric) or 0.0 for row in known]
+        values = [figure_of(row, metric) or 0.0 for row in known]
         logarithmic = sign_of(metric) > 0 and min(values) > 0
         reached = [y for trace in traces for y in _reach(trace) if y > 0]
         layout = {
@@ -87,7 +87,7 @@ def quality_charts(rows: Rows, cost: str) -> list[Chart]:
             "yaxis": {
                 "type": "log" if logarithmic else "linear",
                 "title": {"text": label},
-                **(_decades(reached) if logarithmic else {}),
+                **(decades(reached) if logarithmic else {}),
             },
             "showlegend": False,
             "hovermode": "closest",
@@ -96,102 +96,131 @@ def quality_charts(rows: Rows, cost: str) -> list[Chart]:
     return charts
 
 
-def budget_charts(rows: Rows) -> list[Chart]:
-    """Stacked error budgets, where rows have one; a chart for each law and SDE."""
-    charts = []
-    for (law, sde), here in _panels([row for row in rows if row.get("error_budget")]).items():
-        names = [f"{sampler(row)} @ {row['nfe']:.4g}" for row in here]
-        parts = in_order([*PARTS, *(part for row in here for part in row["error_budget"])])
-        traces = [
-            {
-                "type": "bar",
-                "orientation": "h",
-                "name": PARTS.get(part, part),
-                "y": names,
-                "x": [(row["error_budget"].get(part) or {}).get("value") for row in here],
-                "marker": {"color": f"@{k % len(COLOURS)}"},
-            }
-            for k, part in enumerate(parts)
-            if any(part in row["error_budget"] for row in here)
-        ]
-        layout = {
-            "barmode": "stack",
-            "height": 120 + 26 * len(names),
-            "xaxis": {"title": {"text": "share of the error"}},
-            "yaxis": {"autorange": "reversed", "automargin": True},
-            "legend": {"orientation": "h", "y": -0.25},
-        }
-        title = _title(law, sde, rows)
-        charts.append(
-            Chart(title, f"{title}: where the error comes from", {"data": traces, "layout": layout})
-        )
-    return charts
-
-
 _COSTS = {"nfe": "score evaluations per sample (NFE)", "seconds": "seconds per 1,000 samples"}
-Panel = tuple[tuple[str, str, str], str]
 
 
-def _panels(rows: Rows) -> dict[Panel, list[Mapping[str, Any]]]:
-    found: dict[Panel, list[Mapping[str, Any]]] = {}
+def by_panel(rows: Rows) -> dict[tuple[Law, str], list[Row]]:
+    """Rows by law and SDE, a chart each."""
+    found: dict[tuple[Law, str], list[Row]] = {}
     for row in rows:
         found.setdefault((law_of(row), str(row["sde"])), []).append(row)
     return found
 
 
-def _title(law: tuple[str, str, str], sde: str, rows: Rows) -> str:
+def title_of(law: Law, sde: str, rows: Rows) -> str:
+    """A chart's heading: target, SDE, guidance, and what it is compared with where that differs."""
     target, guided, truth = law
     laws = {law_of(row) for row in rows}
     twins = len([other for other in laws if other[:2] == law[:2]]) > 1
-    parts = [target, SDE_TITLES.get(sde, sde), guided, truth if twins else ""]
+    parts = [target, sde_title(sde), guided, truth if twins else ""]
     return " · ".join(part for part in parts if part)
 
 
-def _line(line: Rows, name: str, k: int, metric: str, cost: str) -> dict[str, Any]:
-    values = [float(figure(row, metric) or 0.0) for row in line]
-    ranges = [interval(row["metrics"][metric]) for row in line]
+def _line(line: Rows, name: str, k: int, metric: str, cost: Cost) -> dict[str, Any]:
+    words = []
+    for row in line:
+        low_high = interval_of(row, metric)
+        found = "" if low_high is None else f"<br>{low_high[0]:.3g} to {low_high[1]:.3g}"
+        words.append(
+            f"{number(**row['metrics'][metric])}{found}<br>{row['nfe']:.4g} evaluations, "
+            f"{seconds_of(row):.2g} s for 1,000 samples"
+        )
+    return sampler_trace(
+        name,
+        k,
+        [_spent(row, cost) for row in line],
+        [figure_of(row, metric) or 0.0 for row in line],
+        [interval_of(row, metric) for row in line],
+        words,
+    )
+
+
+def sampler_trace(
+    name: str,
+    k: int,
+    x: Sequence[float],
+    y: Sequence[float],
+    intervals: Sequence[Interval | None],
+    words: Sequence[str],
+    dash: str | None = None,
+) -> dict[str, Any]:
+    """A sampler's line with its intervals; the key above the charts hides it by its name."""
     up, down = [], []
-    for value, found in zip(values, ranges, strict=True):
+    for value, found in zip(y, intervals, strict=True):
         low, high = found or (value, value)
-        up.append(high - value)
+        up.append(max(0.0, high - value))
         # A logarithmic axis has no place for what reaches below zero.
-        down.append(min(value - low, 0.9 * value) if value > 0 else value - low)
+        below = max(0.0, value - low)
+        down.append(min(below, 0.9 * value) if value > 0 else below)
     return {
         "type": "scatter",
         "mode": "lines+markers",
         "name": name,
         "meta": "sampler",
-        "x": [_spent(row, cost) for row in line],
-        "y": values,
+        "x": list(x),
+        "y": list(y),
         "error_y": {"type": "data", "array": up, "arrayminus": down, "thickness": 1.2, "width": 3},
-        "line": {"color": f"@{k % len(COLOURS)}", "width": 1.6, "dash": DASHES[k // 7 % 3]},
+        "line": {"color": f"@{k % len(COLOURS)}", "width": 1.6, "dash": dash or dash_of(k)},
         "marker": {"symbol": MARKERS[k % len(MARKERS)], "size": 7},
-        "text": [
-            f"{number(value, row['metrics'][metric].get('stderr'))}<br>"
-            f"{row['nfe']:.4g} evaluations, {seconds_of(row):.2g} s"
-            for value, row in zip(values, line, strict=True)
-        ],
+        "text": list(words),
         "hovertemplate": "%{text}<extra>%{fullData.name}</extra>",
     }
 
 
-def _spent(row: Mapping[str, Any], cost: str) -> float:
+def dash_of(k: int) -> str:
+    """Of the k-th sampler: another where the colours start again."""
+    return DASHES[k // len(COLOURS) % len(DASHES)]
+
+
+def _spent(row: Row, cost: Cost) -> float:
     return seconds_of(row) if cost == "seconds" else float(row[cost])
 
 
-def _front(front: Rows, metric: str, cost: str) -> dict[str, Any]:
+def undominated(rows: Rows, metric: str, cost: Cost) -> list[Row]:
+    """The rows whose figure no cheaper row's is as good as, cheapest first, noise or not."""
+    sign = sign_of(metric)
+    front: list[Row] = []
+    best = math.inf
+    for row in sorted(rows, key=lambda r: (_spent(r, cost), sign * (figure_of(r, metric) or 0.0))):
+        if (value := sign * (figure_of(row, metric) or 0.0)) < best:
+            front.append(row)
+            best = value
+    return front
+
+
+def _front(front: Rows, rows: Rows, metric: str, cost: Cost) -> dict[str, Any]:
+    """Steps down, and level from the last on."""
+    most = max(_spent(row, cost) for row in rows)
     return {
         "type": "scatter",
         "mode": "lines",
         "name": "Pareto front",
-        "x": [_spent(row, cost) for row in front],
-        "y": [figure(row, metric) for row in front],
+        "x": [*(_spent(row, cost) for row in front), most],
+        "y": [figure_of(row, metric) for row in [*front, front[-1]]],
         "line": {"color": "@band", "width": 9, "shape": "hv"},
         "hoverinfo": "skip",
     }
 
 
-def _floor(rows: Rows, metric: str, cost: str) -> list[dict[str, Any]]:
+def _rings(rows: Rows, metric: str, cost: Cost) -> dict[str, Any]:
+    """Around the rows of the front that the repeats resolve."""
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "resolved front",
+        "x": [_spent(row, cost) for row in rows],
+        "y": [figure_of(row, metric) for row in rows],
+        "marker": {
+            "symbol": "circle-open",
+            "size": 16,
+            "color": "@ink",
+            "line": {"width": 1.4, "color": "@ink"},
+        },
+        "hoverinfo": "skip",
+    }
+
+
+def _floor(rows: Rows, metric: str, cost: Cost) -> list[dict[str, Any]]:
     found = (rows[0].get("floor") or {}).get(metric)
     if not found or found.get("value") is None:
         return []
@@ -219,11 +248,11 @@ def _reach(trace: Mapping[str, Any]) -> list[float]:
     return found
 
 
-def _ticks(rows: Rows, cost: str) -> dict[str, Any]:
+def _ticks(rows: Rows, cost: Cost) -> dict[str, Any]:
     """Evaluations at the numbers that were run, where there is room for them."""
     values = sorted({_spent(row, cost) for row in rows}, reverse=True)
     if cost != "nfe":
-        return _decades(values)
+        return decades(values)
     shown: list[float] = []
     for value in values:
         if not shown or shown[-1] / value > 1.35:
@@ -231,7 +260,7 @@ def _ticks(rows: Rows, cost: str) -> dict[str, Any]:
     return {"tickvals": shown, "ticktext": [f"{value:.4g}" for value in shown]}
 
 
-def _decades(values: Sequence[float]) -> dict[str, Any]:
+def decades(values: Sequence[float]) -> dict[str, Any]:
     """Ticks of a logarithmic axis with whole numbers at them: Plotly's own say 5 for 0.005."""
     low, high = min(values), max(values)
     span = math.log10(high / low)

@@ -9,7 +9,7 @@
   function colours() {
     const style = getComputedStyle(document.documentElement);
     const value = (name) => style.getPropertyValue(name).trim();
-    const found = { ink: value("--ink"), grey: value("--faint"), line: value("--line"), band: scheme.matches ? "rgba(255,255,255,0.16)" : "rgba(20,30,50,0.12)" };
+    const found = { ink: value("--ink"), grey: value("--faint"), line: value("--line"), back: value("--back"), band: scheme.matches ? "rgba(255,255,255,0.16)" : "rgba(20,30,50,0.12)" };
     for (let k = 0; k < 7; k++) found[k] = value(`--c${k}`);
     return found;
   }
@@ -66,8 +66,8 @@
     });
   }
 
-  const body = document.querySelector("#rows tbody");
-  const heads = [...document.querySelectorAll("#rows thead th")];
+  const body = document.querySelector("#rows tbody"); // none of certificates alone
+  const heads = body ? [...document.querySelectorAll("#rows thead th")] : [];
   heads.forEach((head, column) => {
     const button = head.querySelector("button");
     button.addEventListener("click", () => {
@@ -85,7 +85,7 @@
       body.append(...[...body.rows].sort(order));
     });
   });
-  document.getElementById("filter").addEventListener("input", (event) => {
+  document.getElementById("filter")?.addEventListener("input", (event) => {
     const words = event.target.value.toLowerCase().split(/\s+/).filter(Boolean);
     for (const row of body.rows) {
       const text = row.textContent.toLowerCase();

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,17 +12,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments import guidance_run
 from experiments.compare import CompareOptions, make_plan
+from experiments.guidance_run import GuidanceOptions
 from experiments.judging import block_ids
 from experiments.pictures import tile_images
 from experiments.planning import Plan, PlannedCell
-from experiments.reporting.findings import SDE_TITLES, Rows, figure, primary_of, sign_of
+from experiments.quality import Rows, figure_of, primary_of, sde_title, sign_of
 from experiments.runs import Run, identity, sampler
 from experiments.spec import spec_of
 from experiments.store import CellStore
 from experiments.tables import number
 from solvers import sample
 
+# What lays out a run again, of the experiments whose samples are kept.
+_PLANNED: dict[str, tuple[Any, Callable[[Any], Plan]]] = {
+    "compare": (CompareOptions, make_plan),
+    "guidance": (GuidanceOptions, guidance_run.make_plan),
+}
 POINTS, IMAGES = 300, 25
 SHOWN_NFE = 20  # few enough for samplers to differ visibly
 FRAMES = 13
@@ -68,15 +75,24 @@ def plans_of(run: Run) -> tuple[list[Plan], list[str]]:
     """The run's comparisons laid out again on this machine's processor, and what prevents it."""
     plans, failures = [], []
     config = run.results.get("config", {})
+    if run.results["experiment"] not in _PLANNED:
+        return [], []
     for source in [source["config"] for source in config.get("merged", ())] or [config]:
-        names = set(CompareOptions.__dataclass_fields__)
-        here = {"device": "cpu", "jobs": 1, "scheduler": None, "batch_size": None, "out": "unused"}
-        known = {name: value for name, value in source.items() if name in names}
         try:
-            plans.append(make_plan(CompareOptions(**{**known, **here})))
+            plans.append(_laid_out(run.results["experiment"], source))
         except (ValueError, TypeError, OSError, ImportError) as error:
             failures.append(f"What was sampled cannot be made again here: {error}")
     return plans, failures
+
+
+def _laid_out(experiment: str, config: Mapping[str, Any]) -> Plan:
+    """One processor and no pool: nothing is drawn but what the page shows."""
+    options, lay_out = _PLANNED[experiment]
+    here = {"device": "cpu", "jobs": 1, "scheduler": None, "batch_size": None, "out": "unused"}
+    known = {name: config[name] for name in options.__dataclass_fields__ if name in config}
+    if "intervals" in known:  # JSON has no tuples
+        known["intervals"] = [pair and tuple(pair) for pair in known["intervals"]]
+    return lay_out(options(**{**known, **here}))
 
 
 def galleries(run: Run, plans: Sequence[Plan] = ()) -> list[Gallery]:
@@ -97,7 +113,7 @@ def galleries(run: Run, plans: Sequence[Plan] = ()) -> list[Gallery]:
         tensors = store.tensors(row["cells"][0])
         if tensors is not None and "x" in tensors:
             what = identity(row)
-            parts = [what[0], SDE_TITLES.get(what[1], what[1]), *what[4:]]
+            parts = [what[0], sde_title(what[1]), *what[4:]]
             title = " · ".join(part for part in parts if part)
             groups.setdefault(title, []).append((row, tensors["x"]))
     return [
@@ -148,7 +164,7 @@ def _panels(
     for row, x in found:
         metric = primary_of(row, rows)
         note = f"{row['nfe']:.4g} evaluations"
-        if figure(row, metric) is not None:
+        if figure_of(row, metric) is not None:
             value = row["metrics"][metric]
             note += f", {metric} {number(value['value'], value.get('stderr'))}"
         panels.append(_panel(sampler(row), note, x, ends, "@1"))
@@ -165,12 +181,12 @@ def _panel(title: str, note: str, x: Tensor, ends: Sequence[float], colour: str)
 
 def _shown_row(here: Rows, rows: Rows) -> Mapping[str, Any] | None:
     metric = primary_of(here[0], rows)
-    known = [row for row in here if figure(row, metric) is not None and row["steps"]]
+    known = [row for row in here if figure_of(row, metric) is not None and row["steps"]]
     if not known:
         return None
     nearest = min(abs(row["nfe"] - SHOWN_NFE) for row in known)
     near = [row for row in known if abs(row["nfe"] - SHOWN_NFE) <= nearest + 1]
-    return min(near, key=lambda row: sign_of(metric) * (figure(row, metric) or 0.0))
+    return min(near, key=lambda row: sign_of(metric) * (figure_of(row, metric) or 0.0))
 
 
 def _planned(plans: Sequence[Plan], row: Mapping[str, Any]) -> tuple[Plan, PlannedCell] | None:
@@ -183,8 +199,10 @@ def _planned(plans: Sequence[Plan], row: Mapping[str, Any]) -> tuple[Plan, Plann
                 sampler(row),
                 row.get("budget"),
             )
-            guidance = (condition.guidance, condition.scale, condition.label)
-            if same and guidance == (row["guidance"], row["scale"], row.get("label")):
+            asked = (condition.guidance, condition.scale, condition.label, condition.interval)
+            interval = row.get("interval")
+            given = (row["guidance"], row["scale"], row.get("label"))
+            if same and asked == (*given, interval and tuple(interval)):
                 return plan, planned
     return None
 
@@ -222,8 +240,11 @@ def _journey(plan: Plan, planned: PlannedCell) -> Journey:
             pictures.append(_png(states[i], *_frame(states[i])))
         else:
             frames.append(_points(states[i]) | {"range": list(_frame(states[i]))})
-    sde = SDE_TITLES.get(cell.sde, cell.sde)
-    title = f"{subject.name} · {sde} · {spec_of(cell.solver)}, {solution.nfe:.4g} evaluations"
+    guided = "" if cell.condition.guidance == "none" else f"{cell.condition.guided_by} · "
+    title = (
+        f"{subject.name} · {sde_title(cell.sde)} · {guided}{spec_of(cell.solver)}, "
+        f"{solution.nfe:.4g} evaluations"
+    )
     return Journey(title, moments, frames, pictures)
 
 
