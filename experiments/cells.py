@@ -73,6 +73,8 @@ class Task:
         condition = f" · {self.condition}" if str(self.condition) else ""
         count = "own steps" if self.budget is None else f"{self.budget} evaluations"
         how = _WORDS.get(self.kind) or f"{spec_of(self.solver)} · {count}"
+        if self.kind == "amplified":
+            how += " · what it makes of the network's error"
         return f"{self.subject} · {self.sde}{condition} · {how}"
 
 
