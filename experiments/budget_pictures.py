@@ -6,15 +6,17 @@ import math
 import os
 from collections.abc import Sequence
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from experiments.budget_problem import ORDER
-from experiments.canvas import COLOURS, GREY, Look, in_order, picture
-from experiments.error_budget import BudgetOutcome, BudgetRow, Part
+from experiments.budget_parts import ORDER, Part
+from experiments.budget_rows import BudgetOutcome, BudgetRow
+from experiments.canvas import COLOURS, GREY, Look, picture
 from experiments.network_error import NetworkError
+from experiments.records import OK
 from experiments.tables import FAINT, FLOOR
 
 PART_WORDS = {
@@ -35,22 +37,34 @@ def budget_bars(path: str | os.PathLike[str], name: str, rows: Sequence[BudgetRo
     Args:
         path: the PNG to write.
         name: of the target or the model.
-        rows: at least one.
+        rows: at least one that has not failed.
     """
-    sdes = in_order([row.sde for row in rows])
-    most = max(sum(row.sde == sde for row in rows) for sde in sdes)
-    height = (1.2 + 0.24 * most) * len(sdes) + 0.7
+    panels = by_panel([row for row in rows if row.status == OK])
+    sizes = [len(here) for here in panels.values()]
+    height = sum(1.0 + 0.24 * size for size in sizes) + 0.9
     with picture(path, height=height) as figure:
-        axes = figure.subplots(len(sdes), 1, squeeze=False, sharex=True)[:, 0]
-        for ax, sde in zip(axes, sdes, strict=True):
-            here = [row for row in rows if row.sde == sde]
+        axes = figure.subplots(
+            len(panels), 1, squeeze=False, sharex=True, height_ratios=[1 + n for n in sizes]
+        )[:, 0]
+        for ax, (panel, here) in zip(axes, panels.items(), strict=True):
             _bars(ax, here)
-            ax.set_title(f"{name} · {sde}", loc="left")
+            ax.set_title(" · ".join([name, *filter(None, panel)]), loc="left")
         axes[-1].set_xlabel(
-            "Energy distance, rooted (the parts add up to at least the distance from the data)"
+            "Energy distance, rooted (the parts add up to at least the distance from the law)"
         )
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        named: dict[str, Artist] = {}
+        for ax in axes:
+            handles, labels = ax.get_legend_handles_labels()
+            named |= dict(zip(labels, handles, strict=True))
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3)
+
+
+def by_panel(rows: Sequence[BudgetRow]) -> dict[tuple[str, str], list[BudgetRow]]:
+    """The rows of each SDE and condition, in order."""
+    found: dict[tuple[str, str], list[BudgetRow]] = {}
+    for row in rows:
+        found.setdefault(row.panel, []).append(row)
+    return found
 
 
 def _bars(ax: Axes, rows: Sequence[BudgetRow]) -> None:
@@ -87,7 +101,7 @@ def _bars(ax: Axes, rows: Sequence[BudgetRow]) -> None:
             capsize=2.5,
             label="measured, floor off (95 %)",
         )
-    ax.set_yticks(places, [f"{row.solver}, {row.budget}" for row in rows])
+    ax.set_yticks(places, [row.name for row in rows])
     ax.invert_yaxis()
     ax.set_xlim(left=0)
     ax.grid(axis="y", visible=False)
@@ -143,25 +157,26 @@ def network_curves(path: str | os.PathLike[str], found: NetworkError) -> None:
 
 
 def budget_tables(outcome: BudgetOutcome) -> list[Table]:
-    """One table for each SDE, and one of the network's error by time."""
+    """One table for each SDE and condition, and one of the network's error by time."""
     tables = []
-    for sde in in_order([row.sde for row in outcome.rows]):
-        rows = [row for row in outcome.rows if row.sde == sde]
+    for panel, rows in by_panel(outcome.rows).items():
         names = [name for name in ORDER if any(name in row.parts for row in rows)]
-        table = _table(f"{sde}  error budget: energy distance, rooted, with 95 % intervals")
+        where = " · ".join(filter(None, panel))
+        table = _table(f"{where}  error budget: energy distance, rooted, with 95 % intervals")
         table.add_column("solver, evaluations", no_wrap=True)
         for name in [*names, "total", "floor"]:
             table.add_column(name.replace("_", " "), justify="right")
         for row in rows:
             cells = [_shown(row.parts.get(name)) for name in names]
             floor = Text("·" if row.floor is None else f"{row.floor.value:.2g}", style=FLOOR)
-            table.add_row(f"{row.solver}, {row.budget}", *cells, _shown(row.total), floor)
-        accuracy = ", ".join(
-            f"{kind.upper()} {value:.1g}" for kind, value in outcome.references.get(sde, {}).items()
-        )
+            if row.status != OK:
+                cells, floor = [Text("")] * len(names), Text(row.status, style="red")
+            table.add_row(row.name, *cells, _shown(row.total), floor)
+        off = outcome.references.get(panel, {})
+        accuracy = ", ".join(f"{equation} {value:.1g}" for equation, value in off.items())
         table.caption = Text(
             f"<: not told from zero, the interval's upper end. Fine solutions are off by about "
-            f"{accuracy}. docs/error-budget.md",
+            f"{accuracy or 'an unknown amount'}. docs/error-budget.md",
             style=FAINT,
         )
         tables.append(table)

@@ -25,8 +25,13 @@ from solvers.catalogue import name_of, settings_of
 CELLS_VERSION = 1
 """Counted up when a change of this program changes what a cell's figures are."""
 
-Kind = Literal["cell", "fine", "floor"]
+Kind = Literal["cell", "fine", "floor", "by_time", "amplified"]
 Judging = Literal["distance", "guidance"]
+_WORDS = {
+    "fine": "the fine solution",
+    "floor": "the floor",
+    "by_time": "the network's error by time",
+}
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,9 @@ class Task:
     """What a process needs to know to compute a cell, or what cells are compared with.
 
     Attributes:
-        kind: "cell"; "fine": the finely solved ODE from the noise of a repeat; "floor": what true
-            samples score against true samples.
+        kind: "cell"; "fine": the finely solved equation from the noise of a repeat; "floor": what
+            true samples score against true samples; of error budgets also "by_time": a network's
+            error, and "amplified": what a solver makes of it.
         key: by which the result is stored.
         subjects: from which the subject named ``subject`` is made.
         budget, steps: None where the solver has its own.
@@ -66,8 +72,9 @@ class Task:
     def __str__(self) -> str:
         condition = f" · {self.condition}" if str(self.condition) else ""
         count = "own steps" if self.budget is None else f"{self.budget} evaluations"
-        what = {"fine": "the fine ODE", "floor": "the floor"}.get(self.kind)
-        how = what or f"{spec_of(self.solver)} · {count}"
+        how = _WORDS.get(self.kind) or f"{spec_of(self.solver)} · {count}"
+        if self.kind == "amplified":
+            how += " · what it makes of the network's error"
         return f"{self.subject} · {self.sde}{condition} · {how}"
 
 

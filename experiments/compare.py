@@ -7,15 +7,14 @@ repeats taken together.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from torch import Tensor
-
 from experiments.cells import Task
+from experiments.computing import Computer, Interrupted, Progress
 from experiments.costs import Costs
-from experiments.draw import one_thread_each
 from experiments.experiment_file import EXPERIMENT, to_toml
 from experiments.folders import prepare_out
 from experiments.intervals import error_at_look
@@ -30,24 +29,28 @@ from experiments.planning import (
     task_work,
     work_of,
 )
-from experiments.pool import Work
 from experiments.resolving import (
     more_repeats,
     unresolved,
 )
-from experiments.results import RunFolder, WriteError, naming, write_whole
-from experiments.rows import Outcome, Progress, Rows
+from experiments.results import RunFolder, naming, write_whole
+from experiments.rows import Outcome, Rows
 from experiments.store import CellStore
 from experiments.timing import Timing
-from experiments.work import Done
+from experiments.work import Given
 
-__all__ = ["BUDGETS", "SOLVERS", "CompareOptions", "Outcome", "make_plan", "run"]
+__all__ = [
+    "BUDGETS",
+    "SOLVERS",
+    "CompareOptions",
+    "Interrupted",
+    "Outcome",
+    "Progress",
+    "make_plan",
+    "run",
+]
 
 PICTURES = ("quality_vs_nfe.png", "quality_vs_seconds.png", "samples.png", "report.html")
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C; the message says where and what is kept."""
 
 
 def run(
@@ -76,45 +79,27 @@ def run(
     store = CellStore(path)
     outcome = Outcome(plan, folder, store)
     rows = Rows(outcome)
+    computer = Computer(store, plan.pool, progress, options.force, timing)
     progress.start(sum(work_of(plan, planned) for planned in plan.cells) * options.repeats)
-    where = ""
-
-    def began(task: Task) -> None:
-        nonlocal where
-        where = f" at {task}"
-        progress.now(str(task))
-
-    try:
-        with folder, one_thread_each():
-            folder.write()
-            if plan.experiment == "compare":
-                with naming(path / EXPERIMENT):
-                    write_whole(path / EXPERIMENT, to_toml(options))
-            there: set[str] = set()
-            for _ in _looks(outcome, rows):
-                _references(plan, store, began, timing, there)
-                for task, done in _computed(plan, store, rows.missing(), began, timing):
-                    progress.now(str(task))
-                    progress.done(task_work(plan, task))
-                    rows.add(done)
-                rows.write()
-            if options.throughput:
-                costs = Costs(path, options.device, plan.pool.workers, force=options.force)
-                rows.measure(costs, progress)
-                rows.write()
-            store.write_table(rows.records())
-            folder.timing = timing.as_dict()
-    except WriteError as error:
-        raise WriteError(
-            f"{error}; {len(rows.records())} cells are finished, and stored in {folder.path}: make "
-            "room there, and the same command goes on"
-        ) from error
-    except KeyboardInterrupt:
-        rows.write()
-        raise Interrupted(
-            f"interrupted{where}; {len(folder.rows)} of {len(plan.cells)} rows are finished "
-            f"and kept in {folder.path}; the same command goes on from there"
-        ) from None
+    with computer.keeping(folder, rows, len(plan.cells)):
+        if plan.experiment == "compare":
+            with naming(path / EXPERIMENT):
+                write_whole(path / EXPERIMENT, to_toml(options))
+        there: set[str] = set()
+        for _ in _looks(outcome, rows):
+            _references(plan, computer, there)
+            fine_of = functools.partial(_fine_of, plan, store)
+            for task, done in computer.run(rows.missing(), fine_of):
+                progress.now(str(task))
+                progress.done(task_work(plan, task))
+                rows.add(done)
+            rows.write()
+        if options.throughput:
+            costs = Costs(path, options.device, plan.pool.workers, force=options.force)
+            rows.measure(costs, progress)
+            rows.write()
+        store.write_table(rows.records())
+        folder.timing = timing.as_dict()
     return outcome
 
 
@@ -141,13 +126,7 @@ def _looks(outcome: Outcome, rows: Rows) -> Iterator[int]:
         yield look
 
 
-def _references(
-    plan: Plan,
-    store: CellStore,
-    began: Callable[[Task], None],
-    timing: Timing,
-    there: set[str],
-) -> None:
+def _references(plan: Plan, computer: Computer, there: set[str]) -> None:
     """Floors and fine solutions, which many cells share, before the cells.
 
     Args:
@@ -159,38 +138,14 @@ def _references(
             for task in (plan.floor_task(planned, repeat), plan.fine_task(planned, repeat)):
                 if task is not None and task.key not in there:
                     tasks.setdefault(task.key, task)
-    for task, _ in _computed(plan, store, list(tasks.values()), began, timing):
+    for task, _ in computer.run(list(tasks.values())):
         there.add(task.key)
 
 
-def _computed(
-    plan: Plan,
-    store: CellStore,
-    tasks: Sequence[Task],
-    began: Callable[[Task], None],
-    timing: Timing,
-) -> Iterator[tuple[Task, Done]]:
-    """The cells, those that the folder holds first."""
-    missing: list[Work] = []
-    for task in tasks:
-        if plan.options.force:
-            store.forget(task.key)
-        record = store.get(task.key)
-        if record is None or (task.kind == "fine" and store.tensors(task.key) is None):
-            missing.append((task, _fine_of(plan, store, task)))
-        else:
-            yield task, Done(record, {})
-    for task, done in plan.pool.run(missing, began):
-        timing.add(done.record)
-        store.put(*done)
-        yield task, done
-
-
-def _fine_of(plan: Plan, store: CellStore, task: Task) -> Tensor | None:
+def _fine_of(plan: Plan, store: CellStore, task: Task) -> Given | None:
     if task.kind != "cell" or task.solver.stochastic:
         return None
     subject = next(s for s in plan.subjects if s.name == task.subject)
     planned = PlannedCell(subject, Cell(task.sde, task.condition, task.solver), None, None)
     fine = plan.fine_task(planned, task.repeat)
-    tensors = store.tensors(fine.key) if fine is not None else None
-    return None if tensors is None else tensors["x"]
+    return store.tensors(fine.key) if fine is not None else None

@@ -155,13 +155,7 @@ class ExactJudge(Judge):
         if condition.law == "whole":
             return target.sample(len(ids), seed)[0]
         if condition.law == "conditional":
-            labels = condition.class_of(ids, target.num_classes)
-            x = torch.empty(len(ids), *target.event_shape)
-            for label in range(target.num_classes):
-                chosen = torch.eq(labels, label)
-                count = int(chosen.sum())
-                x[chosen] = target.sample(count, seed + label, label)[0]
-            return x
+            return class_samples(target, condition.class_of(ids, target.num_classes), seed)
         eta = reverse_eta(cell.solver)
         fine: Solver = ProbabilityFlow("rk4")
         steps = self.fine_steps
@@ -226,6 +220,17 @@ def reverse_eta(solver: Solver | Integrator) -> float:
     """Which member of the reverse family a solver solves: 0 the ODE, 1 Anderson's SDE."""
     inner = getattr(solver, "predictor", solver)
     return float(getattr(inner, "eta", 1.0)) if solver.stochastic else 0.0
+
+
+def class_samples(
+    target: GaussianMixture, labels: Tensor, seed: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """A true sample (*event) of each of the classes (B,)."""
+    x = torch.empty(len(labels), *target.event_shape, dtype=dtype)
+    for label in range(target.num_classes):
+        chosen = torch.eq(labels, label)
+        x[chosen] = target.sample(int(chosen.sum()), seed + label, label, dtype)[0]
+    return x
 
 
 def _class_weights(target: GaussianMixture) -> Tensor:

@@ -61,7 +61,12 @@ METRICS: dict[str, MetricInfo] = {
 SET_METRICS = ("energy", "sliced_w2", "w2")
 
 
-def energy_distance(x: Tensor, y: Tensor, *, unbiased: bool = False) -> float:
+Classes = tuple[Tensor | None, Tensor | None]
+
+
+def energy_distance(
+    x: Tensor, y: Tensor, *, unbiased: bool = False, classes: Classes = (None, None)
+) -> float:
     """Squared energy distance ``2 E|X-Y| - E|X-X'| - E|Y-Y'|``, in the units of x.
 
     Székely and Rizzo 2013, "Energy statistics", eq. (5.1). Not rooted (SciPy's one-dimensional
@@ -71,9 +76,14 @@ def energy_distance(x: Tensor, y: Tensor, *, unbiased: bool = False) -> float:
         x, y: (N, *event) and (M, *event).
         unbiased: False: V-statistic; never negative, about ``E|X-X'| (1/N + 1/M)`` when both
             laws are the same. True: U-statistic; zero on average then, and sometimes negative.
+        classes: of x (N,) and of y (M,), where their numbers are given and not drawn: pairs within
+            a class are then too few, and an unbiased distance must weigh them more.
     """
     a, b = _pair(x, y)
-    return 2 * _mean_distance(a, b) - _spread(a, unbiased) - _spread(b, unbiased)
+    across = 2 * _mean_distance(a, b)
+    if not unbiased:
+        return across - _spread(a, unbiased) - _spread(b, unbiased)
+    return across - _unbiased_spread(a, classes[0]) - _unbiased_spread(b, classes[1])
 
 
 def sliced_w2(
@@ -311,6 +321,20 @@ def _spread(a: Tensor, unbiased: bool) -> float:
         pairs = [(x, y) for i, x in enumerate(tiles) for y in tiles[i + 1 :]]
         total = _distances([(x, x) for x in tiles]) + 2 * _distances(pairs)
     return total / (n * (n - 1) if unbiased else n * n)
+
+
+def _unbiased_spread(a: Tensor, classes: Tensor | None) -> float:
+    """Mean distance of two independent samples of a law, whose classes have the shares they have
+    here."""
+    if classes is None:
+        return _spread(a, unbiased=True)
+    parts = [a[classes == label] for label in classes.unique()]
+    # Over all pairs, those of a sample with itself too; these are made up for class by class.
+    whole = _spread(a, unbiased=False)
+    for part in parts:
+        share = len(part) / len(a)
+        whole += share**2 * (_spread(part, unbiased=True) - _spread(part, unbiased=False))
+    return whole
 
 
 def _sorted_distances(a: Tensor, b: Tensor) -> float:

@@ -109,49 +109,54 @@ def score_error_by_time(
     return loss_by_time(model, error, x, None, sde, buckets=buckets, seed=seed)
 
 
-def network_error(
-    problem: Problem, cells: Sequence[tuple[Solver | Integrator, int, int]], buckets: int
-) -> NetworkError:
-    """The error of a problem's network by time, and what solvers make of it."""
+def error_by_time(problem: Problem, buckets: int) -> tuple[list[Bucket], list[Bucket]]:
+    """The loss of a problem's network by time, and its error where the exact score is known.
+
+    Both are of the score without guidance and without classes, and empty without data.
+    """
     true = problem.true_samples(0)
     if true is None:
-        return NetworkError(problem.name, problem.sde_name, ())
+        return [], []
     x, network = true[0].float().to(problem.device), problem.network
     options: dict[str, Any] = {"buckets": buckets, "seed": problem.seed}
     loss = loss_by_time(network, simple_loss, x, None, problem.sde, **options)
     if problem.target is None:
-        return NetworkError(problem.name, problem.sde_name, tuple(loss))
+        return loss, []
     exact = problem.target.model(problem.sde)
-    error = score_error_by_time(network, exact, x, problem.sde, **options)
-    amplified = [
-        _amplified(problem, solver, budget, steps, error) for solver, budget, steps in cells
-    ]
-    return NetworkError(problem.name, problem.sde_name, tuple(loss), tuple(error), tuple(amplified))
+    return loss, score_error_by_time(network, exact, x, problem.sde, **options)
 
 
-def _amplified(
-    problem: Problem,
-    solver: Solver | Integrator,
-    budget: int,
-    steps: int,
-    error: Sequence[Bucket],
-) -> Amplified:
-    exact, network = problem.score(0, exact=True), problem.score(0)
-    truth = problem.solve(solver, steps, 0, score=exact).x
+def displacements(
+    problem: Problem, solver: Solver | Integrator, steps: int, error: Sequence[Bucket]
+) -> tuple[tuple[float, ...], float]:
+    """How far a network's error moves a solver's samples (RMS): in each range of times, and whole.
+
+    Args:
+        error: the network's, by time.
+    """
+    ids = problem.ids(0)
+    exact, network = problem.score(ids, exact=True), problem.score(ids)
+    truth = problem.solve(solver, steps, ids, score=exact).x
     found = []
     for place, bucket in enumerate(error):
         # The ends of the run belong to the first and the last range, whatever rounding says.
         low = -math.inf if place == len(error) - 1 else bucket.half_log_snr_low
         high = math.inf if place == 0 else bucket.half_log_snr_high
         score = SwitchedScore(network, exact, low, high)
-        found.append(rms_distance(problem.solve(solver, steps, 0, score=score).x, truth))
-    return Amplified(
-        spec_of(solver),
-        budget,
-        tuple(found),
-        tuple(
-            moved / math.sqrt(bucket.mean) if bucket.mean > 0 else math.nan
-            for moved, bucket in zip(found, error, strict=True)
-        ),
-        rms_distance(problem.solve(solver, steps, 0).x, truth),
+        found.append(rms_distance(problem.solve(solver, steps, ids, score=score).x, truth))
+    return tuple(found), rms_distance(problem.solve(solver, steps, ids).x, truth)
+
+
+def amplified(
+    solver: Solver | Integrator,
+    budget: int,
+    moved: tuple[float, ...],
+    whole: float,
+    error: Sequence[Bucket],
+) -> Amplified:
+    """What a solver makes of a network's error; ``moved`` and ``whole`` as of `displacements`."""
+    factor = tuple(
+        one / math.sqrt(bucket.mean) if bucket.mean > 0 else math.nan
+        for one, bucket in zip(moved, error, strict=True)
     )
+    return Amplified(spec_of(solver), budget, moved, factor, whole)

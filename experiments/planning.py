@@ -295,12 +295,16 @@ def cells_of(
 
 def jobs_of(plan: Plan) -> int:
     """As many processes as cores, where there is enough to do for them."""
-    options = plan.options
+    work = sum(work_of(plan, planned) for planned in plan.cells) * plan.options.repeats
+    return processes_for(plan.options, work)
+
+
+def processes_for(options: CompareOptions, work: float) -> int:
+    """The processes asked for; else as many as cores, where ``work`` is enough for them."""
     if options.jobs is not None:
         return options.jobs
     if torch.device(options.device).type != "cpu":
         return 1
-    work = sum(work_of(plan, planned) for planned in plan.cells) * options.repeats
     return usable_cores() if work > _WORTH_PROCESSES else 1
 
 
@@ -361,16 +365,17 @@ def different(solvers: Sequence[Any]) -> list[Any]:
 
 def work_of(plan: Plan, planned: PlannedCell) -> float:
     """Of one repeat."""
-    weight = _weight(planned.subject)
+    weight = weight_of(planned.subject)
     return weight * plan.samples[planned.subject.name] * (planned.budget or 100)
 
 
 def task_work(plan: Plan, task: Task) -> float:
     (subject,) = (s for s in plan.subjects if s.name == task.subject)
-    return _weight(subject) * task.samples * (task.budget or 100)
+    return weight_of(subject) * task.samples * (task.budget or 100)
 
 
-def _weight(subject: Subject) -> float:
+def weight_of(subject: Subject) -> float:
+    """Work of one evaluation of one sample."""
     if not isinstance(subject, ExactSubject):
         return _OF_NETWORK
     return 1 + _OF_NUMBER * subject.target.means.numel()

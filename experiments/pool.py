@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from experiments.cells import Task
 from experiments.records import FAILED, TIMEOUT
-from experiments.work import Done, perform, record_of
+from experiments.work import Done, Given, perform, record_of
 
-Work = tuple[Task, Tensor | None]
+Work = tuple[Task, Given | None]
 _GRACE = 20.0  # seconds beyond a cell's own limit before its process is ended
 _ATTEMPTS = 2  # by itself, of a cell whose process died: memory may have been short for a moment
 
@@ -57,17 +56,17 @@ class Pool:
     def _here(
         self, work: Sequence[Work], began: Callable[[Task], None]
     ) -> Iterator[tuple[Task, Done]]:
-        for task, fine in work:
+        for task, given in work:
             began(task)
-            yield task, perform(task, fine, self.workers)
+            yield task, perform(task, given, self.workers)
 
 
-def _alone(index: int, task: Task, fine: Tensor | None, marks: str | None) -> tuple[int, Done]:
+def _alone(index: int, task: Task, given: Given | None, marks: str | None) -> tuple[int, Done]:
     """One cell in a process of its own, on one thread."""
     torch.set_num_threads(1)
     if marks is not None:
         (Path(marks) / str(index)).touch()
-    return index, perform(task, fine)
+    return index, perform(task, given)
 
 
 def _in_processes(jobs: int, work: Sequence[Work]) -> Iterator[tuple[Task, Done]]:
@@ -80,13 +79,13 @@ def _in_processes(jobs: int, work: Sequence[Work]) -> Iterator[tuple[Task, Done]
     while left:
         lost = yield from _together(jobs, left)
         for index in lost.under_way:
-            task, fine = left.pop(index)
-            yield from _by_itself(task, fine)
+            task, given = left.pop(index)
+            yield from _by_itself(task, given)
 
 
-def _by_itself(task: Task, fine: Tensor | None) -> Iterator[tuple[Task, Done]]:
+def _by_itself(task: Task, given: Given | None) -> Iterator[tuple[Task, Done]]:
     for _ in range(_ATTEMPTS):
-        alone = {0: (task, fine)}
+        alone = {0: (task, given)}
         lost = yield from _together(2, alone)  # joblib's pool of one would be this process
         if not alone:
             return
@@ -142,9 +141,9 @@ def _on_cluster(address: str, work: Sequence[Work]) -> Iterator[tuple[Task, Done
     try:
         futures = {
             client.submit(
-                _alone, index, task, fine, None, key=f"{task.key}-{time.time_ns()}", pure=False
+                _alone, index, task, given, None, key=f"{task.key}-{time.time_ns()}", pure=False
             ): task
-            for index, (task, fine) in enumerate(work)
+            for index, (task, given) in enumerate(work)
         }
         for future in as_completed(futures):
             task = futures[future]

@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from experiments.cells import Task
+from experiments.computing import Progress
 from experiments.costs import Costs
 from experiments.estimates import Estimate, estimate
 from experiments.intervals import LEVEL, PairedBootstrap, error_at_look, t_interval
@@ -57,14 +58,6 @@ class Outcome:
     def failed(self) -> list[dict[str, Any]]:
         """Rows whose sampler failed."""
         return [row for row in self.folder.rows if row["status"] != OK]
-
-
-class Progress(Protocol):
-    """Where the run tells how far it is."""
-
-    def start(self, total: float) -> None: ...
-    def now(self, what: str) -> None: ...
-    def done(self, amount: float) -> None: ...
 
 
 class Rows:

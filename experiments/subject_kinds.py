@@ -33,6 +33,7 @@ from sde_diffusion.checkpoints import (
 from sde_diffusion.data import Dataset
 from sde_diffusion.errors import unknown_name
 from sde_diffusion.named_targets import EMPIRICAL
+from sde_diffusion.prediction import ScoreFn
 
 DIGITS = "digits"
 MODEL_METRICS = ("frechet", "accuracy")
@@ -124,21 +125,7 @@ class ExactSubject(Subject):
         self.num_classes = self.target.num_classes
 
     def score_of(self, sde: str, condition: Condition) -> ScoreOf:
-        target, process = self.target, self.sdes[sde]
-
-        def score(ids: Tensor) -> Any:
-            label = condition.labels(ids, self.num_classes)
-            if label is None or condition.guidance == "none":
-                return target.score_fn(process, label)
-            if condition.guidance == "cfg":
-                return classifier_free_guided(
-                    target.model(process), label, condition.scale or 0.0, condition.interval
-                )
-            return classifier_guided(
-                target.score_fn(process), target.classifier(process), label, condition.weight
-            )
-
-        return score
+        return exact_score(self.target, self.sdes[sde], condition)
 
     def to(self, device: torch.device) -> None:
         """Nothing to do: a mixture follows its inputs."""
@@ -198,19 +185,7 @@ class ModelSubject(Subject):
 
     def score_of(self, sde: str, condition: Condition) -> ScoreOf:
         model = self.models[sde]
-
-        def score(ids: Tensor) -> Any:
-            label = condition.labels(ids, self.num_classes)
-            if label is None or condition.guidance == "none":
-                return bind(model.model, label)
-            if condition.guidance == "cfg":
-                return classifier_free_guided(
-                    model.model, label, condition.scale or 0.0, condition.interval
-                )
-            classifier: Any = model.classifier
-            return classifier_guided(bind(model.model, None), classifier, label, condition.weight)
-
-        return score
+        return network_score(model.model, model.classifier, condition, self.num_classes)
 
     def check(self, condition: Condition) -> None:
         super().check(condition)
@@ -252,6 +227,46 @@ class ModelSubject(Subject):
             "data": None if data is None else data.digest(),
         }
         return known if self.metrics == MODEL_METRICS else known | {"metrics": self.metrics}
+
+
+def exact_score(target: GaussianMixture, sde: SDE, condition: Condition) -> ScoreOf:
+    """The score of a mixture, guided as the condition says, for each batch of ids."""
+
+    def score(ids: Tensor) -> ScoreFn:
+        label = condition.labels(ids, target.num_classes)
+        if label is None or condition.guidance == "none":
+            return target.score_fn(sde, label)
+        if condition.guidance == "cfg":
+            return classifier_free_guided(
+                target.model(sde), label, condition.scale or 0.0, condition.interval
+            )
+        return classifier_guided(
+            target.score_fn(sde), target.classifier(sde), label, condition.weight
+        )
+
+    return score
+
+
+def network_score(
+    model: Any, classifier: Any, condition: Condition, num_classes: int | None
+) -> ScoreOf:
+    """The score of a network, guided as the condition says, for each batch of ids.
+
+    Args:
+        model: called (x, level, label) -> Prediction.
+        classifier: of noised inputs; None where the condition needs none.
+        num_classes: of the classes that are asked for in turn.
+    """
+
+    def score(ids: Tensor) -> ScoreFn:
+        label = condition.labels(ids, num_classes)
+        if label is None or condition.guidance == "none":
+            return bind(model, label)
+        if condition.guidance == "cfg":
+            return classifier_free_guided(model, label, condition.scale or 0.0, condition.interval)
+        return classifier_guided(bind(model, None), classifier, label, condition.weight)
+
+    return score
 
 
 def _tensor_digest(x: Tensor) -> str:

@@ -6,7 +6,7 @@ import functools
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from solvers import ProbabilityFlow
 from solvers.catalogue import name_of, settings_of
 
 KEPT = 600  # samples of a cell that are kept for pictures
+Given = Mapping[str, Tensor]  # tensors stored beside the record that a cell is compared with
 
 
 class Done(NamedTuple):
@@ -40,17 +41,16 @@ class CellTimeoutError(TimeoutError):
     """A cell took longer than --cell-timeout."""
 
 
-def perform(task: Task, fine: Tensor | None = None, workers: int = 1) -> Done:
+def perform(task: Task, given: Given | None = None, workers: int = 1) -> Done:
     """Compute a cell; what goes wrong in its sampler stands in its record.
 
     Args:
-        fine: the finely solved ODE from the noise of the repeat, for solvers without noise of
-            their own.
+        given: what it is compared with, where its kind of task needs anything.
         workers: chunks of samples at a time.
     """
     try:
         with time_limit(task.seconds):
-            return _computed(task, fine, workers)
+            return compute(task, given, workers)
     except CellTimeoutError as error:
         return Done(record_of(task, status=TIMEOUT, error=str(error)), {})
     except Exception as error:  # the sampler's, whatever it is: its cell says so, the rest go on
@@ -121,7 +121,14 @@ def _guidance_judge(
     return make_guidance_judge(_subjects(options, device)[name], samples, seed, machine)
 
 
-def _computed(task: Task, fine: Tensor | None, workers: int) -> Done:
+@functools.singledispatch
+def compute(task: Task, given: Given | None, workers: int) -> Done:
+    """Compute a task; a module that has tasks of another class registers how they are computed.
+
+    Args:
+        given: for solvers without noise of their own the finely solved ODE from the noise of the
+            repeat, ``x``.
+    """
     began = time.perf_counter()
     judge = judge_of(task, workers)
     made = time.perf_counter() - began  # the judge, for the first of its cells
@@ -143,8 +150,8 @@ def _computed(task: Task, fine: Tensor | None, workers: int) -> Done:
     started = time.perf_counter()
     metrics = judge.metrics(cell, drawn.x, task.repeat)
     tensors = {"x": drawn.x[:KEPT].clone()}
-    if fine is not None:
-        distances = paired_distances(drawn.x[: len(fine)], fine)
+    if given is not None:
+        distances = paired_distances(drawn.x[: len(given["x"])], given["x"])
         metrics |= judge.paired_metrics(distances)
         tensors["distance"] = distances
     record = record_of(

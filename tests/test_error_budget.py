@@ -17,17 +17,34 @@ import torch
 from PIL import Image
 from scipy import integrate, stats
 
+from experiments.budget_parts import (
+    ORDER,
+    Part,
+    law_parts,
+    paired_energy,
+    reference_parts,
+    solver_parts,
+)
 from experiments.budget_pictures import budget_tables
-from experiments.budget_problem import Problem, scaled
-from experiments.error_budget import BudgetOptions, _budget_row, make_plan, paired_energy, run
-from experiments.network_error import SwitchedScore, network_error, score_error_by_time
+from experiments.budget_problem import Problem, fine_steps, reference_for
+from experiments.budget_subject import scaled
+from experiments.error_budget import BudgetOptions, make_plan, run
+from experiments.network_error import (
+    Amplified,
+    SwitchedScore,
+    amplified,
+    displacements,
+    error_by_time,
+    score_error_by_time,
+)
 from experiments.results import load_results, results_schema
 from experiments.run_error_budget import run_error_budget
 from sde_diffusion import SDE, VPSDE, GaussianMixture, named_target
 from sde_diffusion.scaling import Scaling
-from solvers import DDIM, DPMSolverPP, ProbabilityFlow, sample
+from solvers import DDIM, DPMSolverPP, ProbabilityFlow, Solver, sample
 from tests.test_compare import Silent
 
+RING = {"targets": ["ring"]}
 SHORT = VPSDE(beta_max=4.0, t_min=0.15)  # a prior and an end that are visibly off
 
 
@@ -79,6 +96,22 @@ def problem(**changes: Any) -> Problem:
     return Problem(**given | changes)
 
 
+def measured(
+    made: Problem, solver: Solver, steps: int, fine: int | None = None
+) -> dict[str, tuple[float, ...]]:
+    """Every part of a solver's budget, squared, repeat by repeat; ``fine``: steps of the fine
+    solution."""
+    found: dict[str, list[float]] = {}
+    for repeat in range(made.repeats):
+        reference = reference_for(solver)
+        shared, tensors = reference_parts(made, reference, fine or fine_steps(reference), repeat)
+        x = made.solve(solver, steps, made.ids(repeat)).x
+        own = solver_parts(made, x, tensors["x"], tensors.get("true"), repeat)
+        for name, value in {**law_parts(made, repeat), **shared, **own}.items():
+            found.setdefault(name, []).append(value)
+    return {name: tuple(values) for name, values in found.items()}
+
+
 def near(squared: tuple[float, ...], expected: float) -> None:
     """Within five standard errors: 1 in 250 where Student has 5 degrees of freedom, seeds fixed."""
     error = float(np.std(squared, ddof=1)) / math.sqrt(len(squared))
@@ -102,37 +135,36 @@ def test_paired_energy_is_the_energy_distance_of_the_laws() -> None:
 def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(90, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     whole = paired_energy(x, 1.1 * x)
-    monkeypatch.setattr("experiments.error_budget._TILE", 32)
+    monkeypatch.setattr("experiments.budget_parts._TILE", 32)
     assert paired_energy(x, 1.1 * x) == pytest.approx(whole, rel=1e-10)
 
 
 def test_every_part_is_its_closed_form() -> None:
     other = gaussian(0.7, 0.7)  # stands for a network with errors of mean and spread
     made = problem(network=other.model(SHORT))
-    found = _budget_row(made, ProbabilityFlow("euler"), 6, 6)
-    near(found.parts["truncation"].squared, energy((1, 0.5), noised(1, 0.5, SHORT, SHORT.t_min)))
+    found = measured(made, ProbabilityFlow("euler"), 6)
+    near(found["truncation"], energy((1, 0.5), noised(1, 0.5, SHORT, SHORT.t_min)))
     exact = from_prior(1.0, 0.5, SHORT)
     law = noised(1, 0.5, SHORT, SHORT.t_min)
-    near(found.parts["prior_mismatch"].squared, energy(exact, law))
+    near(found["prior_mismatch"], energy(exact, law))
     fine = from_prior(0.7, 0.7, SHORT)
-    near(found.parts["score_error"].squared, energy(fine, exact))
+    near(found["score_error"], energy(fine, exact))
     # The solver is affine: two points give its map of the standard prior.
     ends = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     b, a_b = sample(other.score_fn(SHORT), SHORT, ProbabilityFlow("euler"), x=ends, steps=6).x
     solved = float(b), float(a_b - b)
-    near(found.parts["discretisation"].squared, energy(solved, fine))
-    assert found.total is not None
-    near(found.total.squared, energy(solved, (1.0, 0.5)))
-    assert found.nfe == 6
+    near(found["discretisation"], energy(solved, fine))
+    near(found["total"], energy(solved, (1.0, 0.5)))
     # The triangle inequality, with what Monte Carlo leaves.
-    assert found.total.value < 1.05 * sum(part.value for part in found.parts.values())
+    parts = [Part(found[name]).value for name in ORDER if name in found]
+    assert len(parts) == 4
+    assert Part(found["total"]).value < 1.05 * sum(parts)
 
 
 def test_stochastic_solvers_share_the_brownian_path() -> None:
     made = problem(samples=200, repeats=1)
     fine = DPMSolverPP(order=2, eta=1.0)
-    a = made.solve(fine, 40, 0, grid="log_snr").x
-    b = made.solve(fine, 20, 0, grid="log_snr").x
+    a, b = (made.solve(fine, steps, made.ids(0), grid="log_snr").x for steps in (40, 20))
     # Sample by sample: with independent noise they would be 0.7 apart, and D² scatter by 0.005.
     assert float((a - b).square().mean().sqrt()) < 0.05
     assert abs(paired_energy(a, b)) < 2e-4
@@ -170,18 +202,22 @@ def test_score_error_by_time_is_its_closed_form() -> None:
         assert bucket.mean == pytest.approx(expected, rel=2e-3)
 
 
+def amplification(made: Problem, buckets: int) -> Amplified:
+    _, error = error_by_time(made, buckets)
+    return amplified(DDIM(), 10, *displacements(made, DDIM(), 10, error), error)
+
+
 def test_amplification_is_of_the_error_inside_its_range_only() -> None:
     exact, network = gaussian(1.0, 0.5), gaussian(0.7, 0.5)
     made = problem(network=network.model(SHORT), samples=100)
-    (whole,) = network_error(made, [(DDIM(), 10, 10)], 1).amplified
+    whole = amplification(made, 1)
     assert whole.displacement == (whole.whole,)
-    found = network_error(made, [(DDIM(), 10, 10)], 3)
-    (line,) = found.amplified
+    line, (_, error) = amplification(made, 3), error_by_time(made, 3)
     # On a Gaussian, errors of the mean add up along the path: so do the displacements.
     assert sum(line.displacement) == pytest.approx(line.whole, rel=1e-4)
-    assert line.factor[0] == pytest.approx(line.displacement[0] / math.sqrt(found.error[0].mean))
-    same = network_error(problem(network=exact.model(SHORT), samples=50), [(DDIM(), 10, 10)], 2)
-    assert max(same.amplified[0].displacement) < 1e-5
+    assert line.factor[0] == pytest.approx(line.displacement[0] / math.sqrt(error[0].mean))
+    same = amplification(problem(network=exact.model(SHORT), samples=50), 2)
+    assert max(same.displacement) < 1e-5
 
 
 def test_a_switched_score_is_one_inside_and_the_other_outside() -> None:
@@ -198,7 +234,7 @@ def test_a_switched_score_is_one_inside_and_the_other_outside() -> None:
 def test_a_run_writes_rows_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("experiments.budget_problem.FINE_ODE_STEPS", 8)
     given: dict[str, Any] = {"solvers": ["ddim"], "budgets": [4, 8], "samples": 20, "repeats": 2}
-    options = BudgetOptions(sdes=["vp"], out=str(tmp_path / "a"), **given)
+    options = BudgetOptions(targets=["ring"], sdes=["vp"], out=str(tmp_path / "a"), **given)
     outcome = run(make_plan(options), Silent())
     results = load_results(tmp_path / "a")
     jsonschema.Draft202012Validator(results_schema()).validate(results)
@@ -206,8 +242,8 @@ def test_a_run_writes_rows_and_pictures(tmp_path: Path, monkeypatch: pytest.Monk
     parts = results["rows"][0]["parts"]
     assert set(parts) == {"truncation", "prior_mismatch", "discretisation", "total", "floor"}
     assert [table.title for table in budget_tables(outcome)]
-    digits = BudgetOptions(None, "digits-vp", out=str(tmp_path / "b"), buckets=2, **given)
-    run_error_budget(digits)
+    digits = BudgetOptions(models=["digits-vp"], out=str(tmp_path / "b"), buckets=2, **given)
+    assert run_error_budget(digits) == 0
     for name in ("error_budget.png", "network_error.png"):
         with Image.open(tmp_path / "b" / name) as image:
             image.load()
@@ -218,11 +254,18 @@ def test_a_run_writes_rows_and_pictures(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": None}, "name what the budget is of: --target, --model, or both"),
-        ({"target": "digits"}, "--target digits has no exact score; give its network alone"),
-        ({"target": "ring", "model": "digits-vp"}, "makes samples of shape .* and --target ring"),
-        ({"solvers": ["scipy_ode"]}, "--solver scipy_ode chooses its own steps"),
-        ({"samples": 1}, "--samples must be at least 2, got 1"),
+        ({}, "name what the budget is of: --target, --model, or both"),
+        ({"targets": ["digits"]}, "--target digits has no exact score; give its network alone"),
+        (
+            {"targets": ["ring"], "models": ["digits-vp"]},
+            "makes samples of shape .* and --target ring",
+        ),
+        (
+            {"targets": ["ring"], "solvers": ["scipy_ode"]},
+            "--solver scipy_ode chooses its own steps",
+        ),
+        ({**RING, "samples": 1}, "--samples must be at least 2, got 1"),
+        ({"targets": ["ring", "moons"]}, "one --target, one --model, or one of each"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> None:

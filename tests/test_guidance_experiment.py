@@ -159,7 +159,7 @@ def test_a_run_is_whole_stored_and_drawn(tmp_path: Path, monkeypatch: pytest.Mon
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("a cell that the folder holds was computed again")
 
-    monkeypatch.setattr(work, "_computed", never)
+    monkeypatch.setattr(work, "compute", never)
     again, _ = run(make_plan(options), Silent())
     assert again.folder.rows == outcome.folder.rows
 

@@ -258,7 +258,7 @@ def test_breaking_scales_are_in_the_words_of_the_console() -> None:
         ("steps --sde vp --solver ddim --steps 4,8,16", {"table", "slopes"}),
         (
             "error-budget --sde vp --nfe 4 --solver ddim --samples 20 --repeats 2",
-            {"table", "budget"},
+            {"table", "budget", "samples"},
         ),
         (
             "guidance --target ring --solver ddim --nfe 4 --scale 1,2 --samples 40 --jobs 1",

@@ -23,7 +23,7 @@ def largest_table(rows: Rows) -> dict[str, Any]:
         "heads": ["target and SDE", "sampler", "NFE", "largest part", "of", "measured"],
         "rows": [
             [
-                f"{row['target']} · {sde_title(row['sde'])}",
+                _where(row),
                 sampler(row),
                 f"{row['nfe']:.4g}",
                 PART_WORDS.get(part := _largest(row), part),
@@ -33,6 +33,13 @@ def largest_table(rows: Rows) -> dict[str, Any]:
             for row in rows
         ],
     }
+
+
+def _where(row: Row) -> str:
+    parts = [row["target"], sde_title(row["sde"])]
+    guided = row.get("guided_by", "unguided")
+    parts += [] if guided == "unguided" else [guided]
+    return " · ".join(parts + [words for words in [row.get("classes")] if words])
 
 
 def _shown(row: Row, part: str) -> str:
