@@ -375,10 +375,9 @@ def _tile(pair: tuple[Tensor, Tensor]) -> float:
 def _directions(width: int, projections: int | np.ndarray, seed: int) -> np.ndarray:
     if isinstance(projections, np.ndarray):
         return projections
-    from ot.sliced import get_random_projections
-
     count = require_count("projections", projections)
-    return np.asarray(get_random_projections(width, count, seed=seed), dtype=np.float64)
+    drawn = np.random.RandomState(seed).normal(size=(width, count))  # as POT draws them
+    return np.asarray(drawn / np.linalg.norm(drawn, axis=0), dtype=np.float64)
 
 
 def _sorted_projections(samples: np.ndarray, directions: np.ndarray) -> np.ndarray:

@@ -146,6 +146,7 @@ def test_wasserstein_limits_its_samples() -> None:
 def test_sliced_is_pots(size: int) -> None:
     x, y = normal(200, 4, seed=1), normal(size, 4, seed=2, shift=0.3)
     directions = metrics._directions(4, 50, seed=7)
+    np.testing.assert_array_equal(directions, ot.sliced.get_random_projections(4, 50, seed=7))
     expected = ot.sliced_wasserstein_distance(
         x.double().numpy(), y.double().numpy(), projections=directions
     )
