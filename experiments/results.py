@@ -15,12 +15,13 @@ import platform
 import shlex
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata, resources
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -137,8 +138,8 @@ def naming(path: Path) -> Iterator[None]:
         raise WriteError(f"cannot write {str(path)!r} ({reason})") from error
 
 
-class RunFolder:
-    """Collects the rows and the floor of one run and keeps results.json up to date.
+class RunFile(ABC):
+    """A run's JSON file, rewritten as the run goes on, whole or not at all.
 
     Use it as a context manager: the file says "running" until the block ends, then "finished",
     "interrupted" (Ctrl-C) or "failed".
@@ -153,6 +154,9 @@ class RunFolder:
         ValueError: the folder cannot be written.
     """
 
+    name: ClassVar[str]
+    schema: ClassVar[int]
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -162,12 +166,9 @@ class RunFolder:
         device: str | torch.device = "cpu",
     ) -> None:
         self.path = check_writable(path)
-        self.rows: list[dict[str, Any]] = []
-        self.floor: dict[str, Mapping[str, Estimate]] = {}
-        self.timing: dict[str, Any] = {}
         self.status = "running"
         self._head: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": self.schema,
             "experiment": experiment,
             "command": command_line(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -175,32 +176,21 @@ class RunFolder:
             "environment": environment(device),
         }
 
-    def replace(self, rows: Sequence[Row]) -> None:
-        """These are the finished rows; writes the file."""
-        self.rows = [row.as_dict() for row in rows]
-        self.write()
-
-    def add(self, row: Row) -> None:
-        """Add a finished row and write the file."""
-        self.rows.append(row.as_dict())
-        self.write()
+    @abstractmethod
+    def as_dict(self) -> dict[str, Any]:
+        """All that the file holds."""
 
     def write(self) -> None:
-        """Write results.json as it now stands."""
+        """Write the file as it now stands.
+
+        Raises:
+            WriteError: it cannot be written; what it held it holds still.
+        """
         text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-        with naming(self.path / RESULTS):
-            write_whole(self.path / RESULTS, text + "\n")
+        with naming(self.path / self.name):
+            write_whole(self.path / self.name, text + "\n")
 
-    def as_dict(self) -> dict[str, Any]:
-        """All that results.json holds."""
-        floor = {
-            target: {name: _plain_estimate(found) for name, found in metrics.items()}
-            for target, metrics in self.floor.items()
-        }
-        timing = {"timing": plain(self.timing)} if self.timing else {}
-        return {**self._head, "status": self.status, **timing, "floor": floor, "rows": self.rows}
-
-    def __enter__(self) -> RunFolder:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -215,6 +205,45 @@ class RunFolder:
             self.status = "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
         with contextlib.suppress(*[] if kind is None else [WriteError]):  # not over what came first
             self.write()
+
+
+class RunFolder(RunFile):
+    """Collects the rows and the floor of one run and keeps results.json up to date."""
+
+    name = RESULTS
+    schema = SCHEMA_VERSION
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        experiment: str,
+        config: Mapping[str, Any],
+        *,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        super().__init__(path, experiment, config, device=device)
+        self.rows: list[dict[str, Any]] = []
+        self.floor: dict[str, Mapping[str, Estimate]] = {}
+        self.timing: dict[str, Any] = {}
+
+    def replace(self, rows: Sequence[Row]) -> None:
+        """These are the finished rows; writes the file."""
+        self.rows = [row.as_dict() for row in rows]
+        self.write()
+
+    def add(self, row: Row) -> None:
+        """Add a finished row and write the file."""
+        self.rows.append(row.as_dict())
+        self.write()
+
+    def as_dict(self) -> dict[str, Any]:
+        """All that results.json holds."""
+        floor = {
+            target: {name: _plain_estimate(found) for name, found in metrics.items()}
+            for target, metrics in self.floor.items()
+        }
+        timing = {"timing": plain(self.timing)} if self.timing else {}
+        return {**self._head, "status": self.status, **timing, "floor": floor, "rows": self.rows}
 
 
 def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:

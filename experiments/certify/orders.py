@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from experiments.certify.bench import Bench
@@ -18,7 +15,7 @@ from experiments.certify.checks import measure
 from experiments.compare import Interrupted, Progress
 from experiments.draw import one_thread_each
 from experiments.folders import default_out, prepare_out
-from experiments.results import check_writable, command_line, environment, plain, write_whole
+from experiments.results import RunFile, plain
 from solvers.catalogue import is_peer, settings_of
 
 ORDERS, PICTURE = "orders.json", "orders.png"
@@ -105,60 +102,30 @@ def run(plan: OrdersPlan, progress: Progress) -> tuple[OrdersFile, list[Certific
     return file, certificates
 
 
-class OrdersFile:
-    """``orders.json``: rewritten after each certificate, whole or not at all.
+class OrdersFile(RunFile):
+    """``orders.json``: rewritten after each certificate."""
 
-    Use it as a context manager: ``status`` says "running" until the block ends, then "finished",
-    "interrupted" (Ctrl-C) or "failed".
-    """
+    name = ORDERS
+    schema = SCHEMA_VERSION
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
-        self.path = check_writable(path)
-        self.status = "running"
+        super().__init__(path, "orders", config)
         self.certificates: list[Certificate] = []
-        self._head = {
-            "schema_version": SCHEMA_VERSION,
-            "experiment": "orders",
-            "command": command_line(),
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "config": plain(config),
-            "tolerance": TOLERANCE,
-            "environment": environment(),
-        }
 
     def add(self, certificate: Certificate) -> None:
         """Add a finished certificate and write the file."""
         self.certificates.append(certificate)
         self.write()
 
-    def write(self) -> None:
-        """Write orders.json as it now stands."""
-        text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-        write_whole(self.path / ORDERS, text + "\n")
-
     def as_dict(self) -> dict[str, Any]:
         """All that orders.json holds."""
         return {
             **self._head,
+            "tolerance": TOLERANCE,
             "status": self.status,
             "passed": all(c.passed for c in self.certificates if not c.peer),
             "certificates": [plain(_as_dict(c)) for c in self.certificates],
         }
-
-    def __enter__(self) -> OrdersFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.status = "finished"
-        else:
-            self.status = "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
-        self.write()
 
 
 def _as_dict(certificate: Certificate) -> dict[str, Any]:
