@@ -18,11 +18,14 @@ from experiments.breaking import Breaking, breaking_scale
 from experiments.compare import Outcome, PlannedCell, Progress
 from experiments.conditions import Condition, make_conditions
 from experiments.draw import make_machine
+from experiments.experiment_file import ExperimentFile, Texts
 from experiments.folders import default_out
 from experiments.guidance_judging import GuidanceJudge
+from experiments.options import intervals
 from experiments.planning import CompareOptions, Plan
 from experiments.spec import parse_solver
 from experiments.subjects import SubjectOptions, make_subjects
+from experiments.timing import Timing
 from sde_diffusion.errors import require_finite
 
 __all__ = ["GuidanceOptions", "Line", "make_plan", "run"]
@@ -33,6 +36,11 @@ GUIDANCES = ("classifier", "cfg")
 SCALES = (1.0, 2.0, 4.0, 8.0)
 TOLERANCE = 0.25
 SAMPLES = 100
+# As on the command line: TOML has no null.
+INTERVALS = Texts(
+    lambda texts: intervals("--intervals", texts),
+    lambda ends: "full" if ends is None else f"{ends[0]!r}:{ends[1]!r}",
+)
 PICTURES = ("guidance.png", "guidance_intervals.png", "guidance_samples.png")
 Interval = tuple[float, float] | None
 
@@ -55,6 +63,11 @@ class GuidanceOptions(CompareOptions):
     grid: str | None = "log_snr"
     intervals: Sequence[Interval] = (None,)
     tolerance: float = TOLERANCE
+
+
+FILE = ExperimentFile(
+    "guidance", GuidanceOptions, planning.KEYS, planning.OF_COMPARE, {"intervals": INTERVALS}
+)
 
 
 @dataclass(frozen=True)
@@ -111,22 +124,23 @@ def make_plan(options: GuidanceOptions) -> Plan:
             )
     config = {k: v for k, v in asdict(options).items() if k not in planning.HOW}
     out = options.out or default_out("guidance", [s.name for s in subjects], config)
-    plan = Plan(
-        options, sources, subjects, cells, planning.Pool(), out, samples, "guidance", "guidance"
-    )
+    plan = Plan(options, sources, subjects, cells, planning.Pool(), out, samples, "guidance", FILE)
     for planned in cells:
         plan.judge(planned)  # says what is wrong with its data
     plan.pool = planning.Pool(planning.jobs_of(plan), workers, options.scheduler)
     return plan
 
 
-def run(plan: Plan, progress: Progress) -> tuple[Outcome, list[Line]]:
+def run(plan: Plan, progress: Progress, timing: Timing | None = None) -> tuple[Outcome, list[Line]]:
     """Compute the cells that the folder does not hold, and say where solvers break.
+
+    Args:
+        timing: begun by a caller who counts what comes before and after.
 
     Raises:
         Interrupted: Ctrl-C.
     """
-    outcome = compare.run(plan, progress, more_pictures=PICTURES)
+    outcome = compare.run(plan, progress, timing, more_pictures=PICTURES)
     lines = []
     for members in _lines(plan):
         line = _line(outcome, members)

@@ -28,6 +28,7 @@ from experiments.budget_parts import (
 from experiments.budget_pictures import budget_tables
 from experiments.budget_problem import Problem, fine_steps, reference_for
 from experiments.budget_subject import scaled
+from experiments.draw import Machine
 from experiments.error_budget import BudgetOptions, make_plan, run
 from experiments.network_error import (
     Amplified,
@@ -91,7 +92,7 @@ def problem(**changes: Any) -> Problem:
         "seed": 0,
         "grid": None,
         "denoise": False,
-        "device": "cpu",
+        "machine": Machine(torch.device("cpu")),
     }
     return Problem(**given | changes)
 

@@ -36,7 +36,7 @@ SMALL: dict[str, Any] = {
     "samples": 24,
     "repeats": 2,
 }
-MACHINE = {"seconds", "judging_seconds", "timing"}
+MACHINE = {"seconds", "judging_seconds", "timing", "peak_bytes"}
 BAD = "tests.misbehaving:Raises"
 
 

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from experiments.cli import app
-from experiments.experiment_file import EXPERIMENT, combined, key_of, read_experiment, to_toml
-from experiments.planning import CompareOptions, make_plan
+from experiments.experiment_file import EXPERIMENT
+from experiments.planning import FILE, CompareOptions, make_plan
 from experiments.records import read_table
 from experiments.results import load_results
 
@@ -52,18 +52,18 @@ def test_every_option_survives_the_file(tmp_path: Path) -> None:
         scheduler="tcp://host:8786",
         cell_timeout=1.5,
     )
-    read = read_experiment(written(tmp_path, to_toml(options)))
+    read = FILE.read(written(tmp_path, FILE.to_toml(options)))
     assert CompareOptions(**read) == options
-    assert CompareOptions(**read_experiment(written(tmp_path, to_toml(CompareOptions())))) == (
+    assert CompareOptions(**FILE.read(written(tmp_path, FILE.to_toml(CompareOptions())))) == (
         CompareOptions()
     )
-    assert read_experiment(written(tmp_path, "[compare]\nforce = true\n")) == {"force": True}
-    assert "force" not in to_toml(CompareOptions(force=True))
+    assert FILE.read(written(tmp_path, "[compare]\nforce = true\n")) == {"force": True}
+    assert "force" not in FILE.to_toml(CompareOptions(force=True))
 
 
 def test_a_class_may_be_a_number_and_a_scale_a_whole_one(tmp_path: Path) -> None:
     text = '[compare]\nlabel = 2\nscales = [1, 2.5]\nguidance = ["cfg"]\n'
-    assert read_experiment(written(tmp_path, text)) == {
+    assert FILE.read(written(tmp_path, text)) == {
         "label": "2",
         "scales": (1.0, 2.5),
         "guidances": ("cfg",),
@@ -73,7 +73,9 @@ def test_a_class_may_be_a_number_and_a_scale_a_whole_one(tmp_path: Path) -> None
 def test_what_is_typed_replaces_what_the_file_says(tmp_path: Path) -> None:
     file = written(tmp_path, '[compare]\ntargets = ["moons"]\nnfe = [8]\nseed = 3\nrepeats = 9\n')
     typed = CompareOptions(targets=("ring",), budgets=(6,), repeats=3, samples=20)
-    options, sources = combined(typed, str(file), {"target", "repeats", "samples", "experiment"})
+    options, sources = FILE.combined(
+        typed, str(file), {"target", "repeats", "samples", "experiment"}
+    )
     # Of the command line only what was typed, even where that is the default (--repeats 3).
     assert options == CompareOptions(targets=("ring",), budgets=(8,), seed=3, repeats=3, samples=20)
     assert sources == {"nfe": str(file), "seed": str(file)}
@@ -144,10 +146,10 @@ def test_options_are_written_as_a_file_that_gives_the_same_plan(tmp_path: Path) 
     printed = run(file, "--write-experiment", "-")
     assert printed.stdout == file.read_text()
     assert set(tomllib.loads(printed.stdout)["compare"]) <= {
-        key_of(f.name) for f in fields(CompareOptions)
+        FILE.key_of(f.name) for f in fields(CompareOptions)
     }
     typed = CompareOptions(("ring",), solvers=("ddim",), budgets=(4,), samples=20, repeats=2)
-    assert make_plan(CompareOptions(**read_experiment(file))).out == make_plan(typed).out
+    assert make_plan(CompareOptions(**FILE.read(file))).out == make_plan(typed).out
     over = run(*SMALL, "--write-experiment", file)
     assert over.exit_code == 2
     assert "exists; name a new file, or - to print" in over.stderr
