@@ -180,18 +180,19 @@ class ExperimentFile(Generic[O]):
         self, where: str, values: Mapping[str, Any], known: Collection[str]
     ) -> Mapping[str, Any]:
         """The command's table, whose keys are known."""
-        for name in values:
-            if name in known:
-                raise ValueError(
-                    f"{where}: {name} stands in no table; put a line [{self.table}] above it, once"
-                )
-            if name != self.table and name in COMMANDS:
+        for name, value in values.items():
+            if name == self.table:
+                continue
+            if name in COMMANDS and isinstance(value, Mapping):  # "guidance" is a key, too
                 raise ValueError(
                     f"{where}: [{name}] is of another command than {self.table}; run: "
                     f"sde-diffusion {name} {where}"
                 )
-            if name != self.table:
-                raise ValueError(f"{where}: {unknown_name('table', name, [self.table])}")
+            if name in known:
+                raise ValueError(
+                    f"{where}: {name} stands in no table; put a line [{self.table}] above it, once"
+                )
+            raise ValueError(f"{where}: {unknown_name('table', name, [self.table])}")
         table = values.get(self.table, {})
         if not isinstance(table, Mapping):
             raise ValueError(f"{where}: [{self.table}] must be a table of keys, got {table!r}")

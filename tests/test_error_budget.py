@@ -255,7 +255,6 @@ def test_a_run_writes_rows_and_pictures(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "name what the budget is of: --target, --model, or both"),
         ({"targets": ["digits"]}, "--target digits has no exact score; give its network alone"),
         (
             {"targets": ["ring"], "models": ["digits-vp"]},
