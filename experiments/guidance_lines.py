@@ -5,16 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from experiments.breaking import Breaking, breaking_scale
-from experiments.store import CellStore
+from experiments.records import Record
 
 Interval = tuple[float, float] | None
 Row = Mapping[str, Any]
 Repeat = tuple[int, int]  # seed, number
+
+
+class Cells(Protocol):
+    """Finished cells, as `experiments.store.CellStore` has them."""
+
+    def get(self, key: str) -> Record | None:
+        """The record of a cell; None where it has failed."""
+
+    def tensors(self, key: str) -> Mapping[str, Tensor] | None:
+        """What is stored beside it."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,7 @@ class Line:
 
 
 def lines_of(
-    rows: Sequence[Row], store: CellStore, *, tolerance: float, seed: int, noisy: Collection[str]
+    rows: Sequence[Row], store: Cells, *, tolerance: float, seed: int, noisy: Collection[str]
 ) -> list[Line]:
     """The lines of a run.
 
@@ -111,7 +122,7 @@ def _interval(row: Row) -> Interval:
     return None if ends is None else (ends[0], ends[1])
 
 
-def _distances(row: Row, store: CellStore) -> dict[Repeat, np.ndarray] | None:
+def _distances(row: Row, store: Cells) -> dict[Repeat, np.ndarray] | None:
     """Of each repeat from the fine solution, in the data's deviations; None where one failed."""
     found = {}
     for key in row["cells"]:
