@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from experiments import budget_plan
+from experiments.budget_plan import FILE as BUDGET
+from experiments.budget_plan import BudgetOptions
 from experiments.cli import app
-from experiments.experiment_file import EXPERIMENT
+from experiments.experiment_file import COMMANDS, EXPERIMENT
+from experiments.guidance_judging import ExactGuidanceJudge
+from experiments.guidance_run import FILE as GUIDANCE
+from experiments.guidance_run import GuidanceOptions
 from experiments.planning import FILE, CompareOptions, make_plan
 from experiments.records import read_table
 from experiments.results import load_results
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "compare.toml"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLE = EXAMPLES / "compare.toml"
 SMALL = ("--target", "ring", "--solver", "ddim", "--nfe", "4", "--samples", "20", "--repeats", "2")
 
 
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, ["compare", *map(str, arguments)])
+def run(*arguments: str | Path, command: str = "compare") -> Result:
+    return CliRunner().invoke(app, [command, *map(str, arguments)])
 
 
 def written(folder: Path, text: str) -> Path:
@@ -158,3 +165,100 @@ def test_options_are_written_as_a_file_that_gives_the_same_plan(tmp_path: Path) 
     wrong = run("--nfe", "0", "--write-experiment", tmp_path / "wrong.toml")
     assert wrong.exit_code == 2
     assert not (tmp_path / "wrong.toml").exists()
+
+
+def test_every_option_of_guidance_and_of_error_budget_survives_the_file(tmp_path: Path) -> None:
+    guided = GuidanceOptions(
+        targets=("ring",),
+        scales=(1.0, 2.5),
+        intervals=(None, (0.3, 3.0), (1e-3, 1 / 3)),
+        tolerance=0.1,
+        grid=None,
+        batch_size=7,
+    )
+    # A grid of None has no value in TOML, and the default of guidance is a grid.
+    read = GUIDANCE.read(written(tmp_path, GUIDANCE.to_toml(guided)))
+    assert GuidanceOptions(**read) == replace(guided, grid="log_snr")
+    budget = BudgetOptions(models=("m",), sdes=("ve",), samples=40, buckets=3, label="2", jobs=2)
+    read = BUDGET.read(written(tmp_path, BUDGET.to_toml(budget)))
+    assert BudgetOptions(**read) == budget
+    for file, options in ((GUIDANCE, GuidanceOptions()), (BUDGET, BudgetOptions())):
+        assert file.options(**file.read(written(tmp_path, file.to_toml(options)))) == options
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "message"),
+    [
+        ("guidance", "[compare]\nnfe = [8]\n", "[compare] is of another command than guidance; "),
+        ("guidance", "[compare]\n[guidance]\n", "run: sde-diffusion compare "),
+        ("compare", "[guidance]\n", "[guidance] is of another command than compare; run: sde-diff"),
+        ("compare", "[error-budget]\n", "run: sde-diffusion error-budget "),
+        ("compare", 'guidance = ["cfg"]\n', "guidance stands in no table; put a line [compare]"),
+        ("error-budget", "[error_budget]\n", "table 'error_budget'. Did you mean 'error-budget'?"),
+        ("error-budget", "[guidance]\n", "run: sde-diffusion guidance "),
+        ("error-budget", "[error-budget]\nbuckets = 'x'\n", "[error-budget] buckets: input should"),
+        ("error-budget", "[error-budget]\nbuckets = 0\n", "[error-budget] buckets: --buckets must"),
+        (
+            "error-budget",
+            "[error-budget]\ntargets = ['rnig']\n",
+            "[error-budget] targets: unknown ",
+        ),
+        (
+            "error-budget",
+            "[error-budget]\nthroughput = true\n",
+            "unknown key in [error-budget] 'th",
+        ),
+        ("guidance", "[guidance]\nuntil_resolved = true\n", "unknown key in [guidance] 'until_re"),
+        ("guidance", "[guidance]\ntolerance = 0\n", "mine.toml, [guidance] tolerance: --tolerance"),
+        ("guidance", "[guidance]\nintervals = [[1, 2]]\n", "[guidance] intervals.0: input should "),
+        ("guidance", "[guidance]\nintervals = ['2:1']\n", "[guidance] intervals: --intervals must"),
+    ],
+)
+def test_a_file_is_of_the_command_that_its_table_names(
+    command: str, text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run(written(tmp_path, text), command=command)
+    assert done.exit_code == 2, done.output
+    (line,) = done.stderr.strip().splitlines()
+    assert message in line
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.toml"]
+
+
+def test_the_commands_that_take_files_are_those_that_are_named() -> None:
+    assert {file.table for file in (FILE, GUIDANCE, BUDGET)} == set(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("command", "example", "rows"),
+    [("guidance", "guidance.toml", 5), ("error-budget", "error_budget.toml", 6)],
+)
+def test_other_examples_run_and_their_run_folders_repeat_them(
+    command: str, example: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("experiments.budget_problem.FINE_ODE_STEPS", 6)
+    monkeypatch.setattr("experiments.budget_problem.FINE_SDE_STEPS", 12)
+    monkeypatch.setattr(ExactGuidanceJudge, "fine_steps", 20)
+    small = ["--samples", "40", "--repeats", "1", "--sde", "vp", "--jobs", "1", "--out", "a"]
+    given = [EXAMPLES / example, *small, *(["--solver", "ddim"] if command == "guidance" else [])]
+    given += ["--nfe", "8"] if command == "guidance" else []
+    printed = run(*given, "--write-experiment", "-", command=command)
+    assert printed.exit_code == 0, printed.output
+    assert not list(tmp_path.iterdir())
+    done = run(*given, command=command)
+    assert done.exit_code == 0, done.output
+    assert (Path("a") / EXPERIMENT).read_text() == printed.stdout
+    assert len(load_results("a")["rows"]) == rows
+    assert load_results("a")["timing"]["overhead_share"] is not None
+    again = run(Path("a") / EXPERIMENT, "--out", "b", command=command)
+    assert again.exit_code == 0, again.output
+    keys = [[r.key for r in read_table(Path(out) / "cells.parquet")] for out in ("a", "b")]
+    assert keys[0] == keys[1]
+
+
+def test_an_error_budget_of_nothing_is_of_the_ring(tmp_path: Path) -> None:
+    """As on the command line: a file need not say what is the default."""
+    file = written(tmp_path, "[error-budget]\nnfe = [4]\n")
+    options, _ = BUDGET.combined(BudgetOptions(), str(file), ())
+    assert budget_plan.make_plan(options).subject.name == "ring"
