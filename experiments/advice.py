@@ -2,8 +2,8 @@
 
 For each target, SDE and guidance: what is best at each number of evaluations, where one sampler
 takes over from another, the Pareto front of quality against evaluations and against seconds, and
-the knee, the evaluations beyond which nothing resolved is gained. What cannot be told is said not
-to be known.
+the knee, the evaluations beyond which little is gained, as far as the repeats can tell. What cannot
+be told is said not to be known.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from experiments.quality import Row, Rows, figure_of, seconds_of, sign_of
 from experiments.records import OK
 
 Cost = Literal["nfe", "seconds"]
+WORTH = 0.5  # a figure that more evaluations may halve is not at its knee
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,11 @@ class Panel:
         open: numbers of evaluations at which it is not, with those that may be best.
         front_nfe, front_seconds: rows that no cheaper row is known to be as good as or better than,
             and each better than the one before it beyond noise.
-        knee: the last row of the front by evaluations, where dearer ones were tried and none is
-            resolved to be better; None where the most evaluations still gain.
+        knee: the last row of the front by evaluations, where dearer ones were tried and the best of
+            them gains less than half, at 95 %; None where that is not so, or not known.
+        beyond: the dearer row with the best figure; None where none was tried.
+        gain_beyond: the most it may gain over the last row of the front, as a share of that one's
+            figure: the upper end of the 95 % interval; infinite where it is not known.
         at_floor: whether the knee is at the floor: not told from true samples.
     """
 
@@ -83,6 +87,8 @@ class Panel:
     front_nfe: tuple[Evidence, ...]
     front_seconds: tuple[Evidence, ...]
     knee: Evidence | None
+    beyond: Evidence | None
+    gain_beyond: float
     at_floor: bool
     lines: tuple[str, ...]
 
@@ -127,7 +133,8 @@ def pareto_front(rows: Rows, cost: Cost = "nfe") -> list[Row]:
 
     Args:
         rows: of one target, SDE and guidance.
-        cost: "nfe", or "seconds" of as many samples.
+        cost: "nfe", the evaluations that were allowed (a sampler with two a step may have used one
+            less), or "seconds" of as many samples.
     """
     front: list[Row] = []
     spent = seconds_of if cost == "seconds" else _evaluations
@@ -143,8 +150,8 @@ def pareto_front(rows: Rows, cost: Cost = "nfe") -> list[Row]:
 def _panel(target: str, sde: str, guided_by: str, rows: Rows) -> Panel:
     recommended, still_open = _by_budget(rows)
     front = pareto_front(rows)
-    knee = _knee(rows, front)
-    at_floor = knee is not None and _at_floor(knee)
+    beyond, gain = _beyond(front[-1], rows)
+    knee = front[-1] if beyond is not None and gain <= WORTH else None
     panel = Panel(
         target=target,
         sde=sde,
@@ -154,7 +161,9 @@ def _panel(target: str, sde: str, guided_by: str, rows: Rows) -> Panel:
         front_nfe=tuple(map(_evidence, front)),
         front_seconds=tuple(map(_evidence, pareto_front(rows, "seconds"))),
         knee=None if knee is None else _evidence(knee),
-        at_floor=at_floor,
+        beyond=None if beyond is None else _evidence(beyond),
+        gain_beyond=gain,
+        at_floor=knee is not None and _at_floor(knee),
         lines=(),
     )
     words = _words(panel, rows)
@@ -187,12 +196,17 @@ def _by_budget(rows: Rows) -> tuple[list[Recommendation], dict[int, tuple[str, .
     return found, still_open
 
 
-def _knee(rows: Rows, front: Rows) -> Mapping[str, Any] | None:
-    """The last row of the front, where a dearer one was tried."""
-    if not front:
-        return None
-    last = front[-1]
-    return last if any(row["nfe"] > last["nfe"] for row in rows) else None
+def _beyond(row: Row, rows: Rows) -> tuple[Row | None, float]:
+    """The dearer row with the best figure, and the most that it may gain, as a share."""
+    dearer = [other for other in rows if _evaluations(other) > _evaluations(row)]
+    if not dearer:
+        return None, 0.0
+    best = min(dearer, key=lambda other: _sign(other) * (_value(other) or 0.0))
+    found, value = difference(row, best).interval, _value(row)
+    if found is None or not value:
+        return best, math.inf
+    most = found[1] if _sign(row) > 0 else -found[0]
+    return best, max(0.0, most) / abs(value)
 
 
 def _words(panel: Panel, rows: Rows) -> list[str]:
@@ -203,25 +217,39 @@ def _words(panel: Panel, rows: Rows) -> list[str]:
         several = len({row["spec"] for row in rows}) > 1
         nothing = f"no best sampler is resolved by {repeats} repeats; --until-resolved adds more"
         lines = [nothing if several else "one sampler, nothing to choose between"]
-    if panel.knee is not None:
-        floor = ", not told from true samples" if panel.at_floor else ""
-        lines.append(
-            f"the knee is at {panel.knee.nfe:.4g} evaluations, {panel.knee.solver}{floor}: "
-            f"beyond it no gain is resolved {_shown(panel.knee)}"
-        )
-    elif len(panel.front_nfe) > 1:
-        lines.append(
-            f"no knee: {panel.front_nfe[-1].nfe:.4g} evaluations, the most tried, still gain"
-        )
+    lines += [knee] if (knee := _knee_words(panel)) else []
     if len(panel.front_nfe) > 1:
-        steps = " → ".join(f"{e.solver} at {e.nfe:.4g}" for e in panel.front_nfe)
+        steps = " → ".join(f"{e.solver} at {_count(e)}" for e in panel.front_nfe)
         lines.append(f"by evaluations, each better than the one before: {steps}")
     if len(panel.front_seconds) > 1:
         steps = " → ".join(
-            f"{e.solver} at {e.nfe:.4g} in {e.seconds:.2g} s" for e in panel.front_seconds
+            f"{e.solver} at {_count(e)} in {e.seconds:.2g} s" for e in panel.front_seconds
         )
         lines.append(f"by seconds for 1,000 samples, each better than the one before: {steps}")
     return lines
+
+
+def _knee_words(panel: Panel) -> str | None:
+    last, beyond = panel.front_nfe[-1], panel.beyond
+    if panel.knee is not None:
+        floor = ", not told from true samples" if panel.at_floor else ""
+        return (
+            f"the knee is at {_count(last)} evaluations, {last.solver}{floor}: beyond it at most "
+            f"{panel.gain_beyond:.0%} is gained (95 %) {_shown(last)}"
+        )
+    if beyond is not None:
+        much = "gains" if panel.gain_beyond > 1 else f"gains up to {panel.gain_beyond:.0%}"
+        return (
+            f"no knee is resolved: it may be that {beyond.solver} at {_count(beyond)} evaluations "
+            f"{much} over {last.solver} at {_count(last)}; more repeats tell"
+        )
+    if len(panel.front_nfe) > 1:
+        return f"no knee: {_count(last)} evaluations, the most tried, still gain"
+    return None
+
+
+def _count(found: Evidence) -> str:
+    return f"{found.nfe if found.budget is None else found.budget:.4g}"
 
 
 def _use(one: Recommendation, panel: Panel, place: int) -> str:
@@ -329,7 +357,7 @@ def _numbers(values: Sequence[float | None]) -> list[float]:
 
 
 def _evaluations(row: Row) -> float:
-    return float(row["nfe"])
+    return float(row["nfe"] if row.get("budget") is None else row["budget"])
 
 
 def _panel_key(row: Mapping[str, Any]) -> tuple[str, str, str]:

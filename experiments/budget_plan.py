@@ -55,6 +55,7 @@ class BudgetOptions(CompareOptions):
 
     solvers: Sequence[str] = SOLVERS
     budgets: Sequence[int] = BUDGETS
+    repeats: int = 3
     buckets: int = 8
 
 

@@ -102,7 +102,7 @@ def compare(
             "networks."
         ),
     ] = None,
-    repeats: Repeats = 3,
+    repeats: Repeats = 4,
     seed: Seed = 0,
     batch_size: Batch = None,
     device: Device = "cpu",

@@ -54,6 +54,7 @@ class GuidanceOptions(CompareOptions):
     budgets: Sequence[int] = BUDGETS
     guidances: Sequence[str] = GUIDANCES
     scales: Sequence[float] = SCALES
+    repeats: int = 3
     grid: str | None = "log_snr"
     intervals: Sequence[Interval] = (None,)
     tolerance: float = TOLERANCE

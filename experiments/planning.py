@@ -56,7 +56,7 @@ class CompareOptions:
     features: str | None = None
     metrics: Sequence[str] = ()
     samples: int | None = None
-    repeats: int = 3
+    repeats: int = 4
     seed: int = 0
     batch_size: int | None = None
     device: str = "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,38 @@ def test_quality_that_still_gains_has_no_knee() -> None:
     assert panel.knee is None
     assert "no knee: 40 evaluations, the most tried, still gain" in "\n".join(panel.lines)
     assert "at every number of evaluations tried (10 to 40) use a" in panel.lines[0]
+
+
+def test_a_knee_that_a_gain_unseen_may_hide_is_not_named() -> None:
+    """The repeats scatter so much that half of the figure may be gained without being resolved."""
+    rows = rows_of({"a": {10: 1.0, 20: 0.8}}, spread=0.5)
+    (panel,) = advise(rows).panels
+    assert len(panel.front_nfe) == 1
+    assert panel.knee is None
+    assert panel.gain_beyond > 0.5
+    assert "no knee is resolved: it may be that a at 20 evaluations gains" in panel.lines[-1]
+    (panel,) = advise(rows_of({"a": {10: 1.0, 20: 1.0}})).panels
+    assert panel.knee is not None
+    assert panel.gain_beyond < 0.05
+    assert "beyond it at most" in panel.lines[-1]
+
+
+def test_a_gain_that_one_repeat_cannot_tell_is_not_known() -> None:
+    rows = rows_of({"a": {10: 1.0, 20: 0.5}})
+    for row in rows:
+        row["by_repeat"] = {"energy": row["by_repeat"]["energy"][:1]}
+        row["floor_by_repeat"] = {"energy": row["floor_by_repeat"]["energy"][:1]}
+    (panel,) = advise(rows).panels
+    assert panel.knee is None
+    assert panel.gain_beyond == math.inf
+
+
+def test_a_step_that_costs_two_evaluations_is_no_cheaper_for_leaving_one_over() -> None:
+    """Heun has 10 evaluations where 11 were allowed; it is worse than what used all of them."""
+    rows = rows_of({"heun": {11: 0.9}, "multistep": {11: 0.6}}, spread=0.1)
+    for row in rows:
+        row["nfe"] = 10 if row["spec"] == "heun" else 11
+    assert [r["spec"] for r in pareto_front(rows)] == ["multistep"]
 
 
 def test_the_front_against_seconds_is_another() -> None:
