@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -13,7 +14,7 @@ from experiments import budget_plan
 from experiments.budget_plan import FILE as BUDGET
 from experiments.budget_plan import BudgetOptions
 from experiments.cli import app
-from experiments.experiment_file import COMMANDS, EXPERIMENT
+from experiments.experiment_file import COMMANDS, EXPERIMENT, ExperimentFile
 from experiments.guidance_judging import ExactGuidanceJudge
 from experiments.guidance_run import FILE as GUIDANCE
 from experiments.guidance_run import GuidanceOptions
@@ -262,3 +263,10 @@ def test_an_error_budget_of_nothing_is_of_the_ring(tmp_path: Path) -> None:
     file = written(tmp_path, "[error-budget]\nnfe = [4]\n")
     options, _ = BUDGET.combined(BudgetOptions(), str(file), ())
     assert budget_plan.make_plan(options).subject.name == "ring"
+
+
+@pytest.mark.parametrize("file", [FILE, GUIDANCE, BUDGET], ids=lambda file: file.table)
+def test_a_file_has_the_defaults_of_the_command_line(file: ExperimentFile[Any]) -> None:
+    printed = run("--write-experiment", "-", command=file.table)
+    assert printed.exit_code == 0, printed.output
+    assert printed.stdout == file.to_toml(file.options())
