@@ -22,11 +22,13 @@ from experiments.budget_parts import law_parts, reference_parts, solver_parts
 from experiments.budget_problem import Problem
 from experiments.budget_subject import BudgetSubject, make_budget_subject
 from experiments.cells import Task
+from experiments.draw import Machine
+from experiments.memory import peak_memory
 from experiments.network_error import displacements, error_by_time
 from experiments.subjects import SubjectOptions
-from experiments.work import KEPT, Done, Given, compute, record_of
+from experiments.work import KEPT, Done, Given, compute, costs_of, is_first, record_of
 from sde_diffusion.validation import Bucket
-from solvers import Solver
+from solvers import ProbabilityFlow, Solver
 
 _BUCKET = [field.name for field in dataclasses.fields(Bucket)]
 
@@ -54,7 +56,7 @@ def subject_of(options: SubjectOptions, device: str) -> BudgetSubject:
 
 @compute.register
 def _compute(task: BudgetTask, given: Given | None, workers: int) -> Done:
-    problem = problem_of(task)
+    problem = problem_of(task, workers)
     if task.kind == "by_time":
         return _by_time(task, problem)
     if task.kind == "amplified":
@@ -68,23 +70,30 @@ def _compute(task: BudgetTask, given: Given | None, workers: int) -> Done:
         return Done(record_of(task, metrics=parts, judging_seconds=_since(began)), tensors)
     if given is None or task.steps is None:
         raise ValueError(f"{task} needs its fine solution and a number of steps")
-    solution = problem.solve(task.solver, task.steps, problem.ids(task.repeat))
-    seconds, x = _since(began), solution.x.cpu()
-    parts = solver_parts(problem, x, given["x"], given.get("true"), task.repeat)
+    ids = problem.ids(task.repeat)
+    if is_first(task):  # not timed: first calls of a network are slow
+        problem.solve(ProbabilityFlow("euler"), 2, ids[: 2 * problem.suggested])
+    with peak_memory(problem.device) as memory:
+        drawn = problem.solve(task.solver, task.steps, ids)
+    drawn_at = time.perf_counter()
+    parts = solver_parts(problem, drawn.x, given["x"], given.get("true"), task.repeat)
     record = record_of(
         task,
+        **costs_of(drawn),
         metrics=parts,
-        nfe=solution.nfe,
-        network_passes=solution.network_passes,
-        seconds=seconds,
-        judging_seconds=_since(began) - seconds,
-        batch_size=task.samples,
+        judging_seconds=_since(drawn_at),
+        peak_bytes=memory.bytes,
     )
-    return Done(record, {"x": x[:KEPT].clone()})
+    return Done(record, {"x": drawn.x[:KEPT].clone()})
 
 
-def problem_of(task: BudgetTask) -> Problem:
-    """What a task is measured on."""
+def problem_of(task: BudgetTask, workers: int = 1) -> Problem:
+    """What a task is measured on.
+
+    Args:
+        workers: chunks of samples at a time.
+    """
+    machine = Machine(torch.device(task.device), task.batch_size, workers)
     return subject_of(task.subjects, task.device).problem(
         task.sde,
         task.condition,
@@ -93,7 +102,7 @@ def problem_of(task: BudgetTask) -> Problem:
         seed=task.seed,
         grid=task.grid,
         denoise=task.denoise,
-        device=task.device,
+        machine=machine,
     )
 
 

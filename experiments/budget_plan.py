@@ -14,10 +14,13 @@ from experiments.budget_subject import BudgetSubject
 from experiments.cells import Kind, Task, cell_key
 from experiments.conditions import ALL, Condition, make_conditions
 from experiments.draw import make_machine
+from experiments.experiment_file import ExperimentFile
 from experiments.folders import default_out
 from experiments.judging import Cell
 from experiments.planning import (
     HOW,
+    KEYS,
+    OF_COMPARE,
     CompareOptions,
     PlannedCell,
     cells_of,
@@ -43,7 +46,8 @@ class BudgetOptions(CompareOptions):
     """What the command line says; empty or None: the default.
 
     Attributes:
-        targets: one at most; with a model: what it was trained on samples of.
+        targets: one at most; with a model: what it was trained on samples of. Default without a
+            model: ring.
         models: one at most.
         samples: in a repeat.
         buckets: ranges of times that a network's error is measured in.
@@ -53,6 +57,9 @@ class BudgetOptions(CompareOptions):
     budgets: Sequence[int] = BUDGETS
     repeats: int = 3
     buckets: int = 8
+
+
+FILE = ExperimentFile("error-budget", BudgetOptions, KEYS, OF_COMPARE)
 
 
 @dataclass(frozen=True)
@@ -181,6 +188,8 @@ class BudgetPlan:
         }
         if self.subject.exact is None:
             more["of"] = options.repeats  # among which real data is dealt out
+        if getattr(cell.solver, "depends_on_batch", False):
+            more["batch_size"] = options.batch_size
         condition = cell.condition
         key = cell_key(
             kind,
@@ -202,7 +211,7 @@ class BudgetPlan:
             condition=condition,
             solver=cell.solver,
             device=options.device,
-            batch_size=None,
+            batch_size=options.batch_size,
             seconds=options.cell_timeout,
             repeats=options.repeats,
             buckets=options.buckets if kind == "by_time" else 0,
@@ -228,9 +237,9 @@ def make_plan(options: BudgetOptions) -> BudgetPlan:
                 f"--solver {spec_of(solver)} chooses its own steps, and a budget is of a number "
                 "of evaluations; use a fixed method"
             )
-    make_machine(options.device, None)
+    workers = make_machine(options.device, options.batch_size).workers
     sources = SubjectOptions(
-        tuple(options.targets),
+        tuple(options.targets or (() if options.models else ("ring",))),
         tuple(options.models),
         tuple(options.sdes),
         options.data,
@@ -248,7 +257,7 @@ def make_plan(options: BudgetOptions) -> BudgetPlan:
         )
     plan = BudgetPlan(options, sources, subject, cells, Pool(), out)
     work = sum(map(plan.work_of, [*plan.shared_tasks(), *plan.solver_tasks()]))
-    pool = Pool(processes_for(options, work), scheduler=options.scheduler)
+    pool = Pool(processes_for(options, work), workers, options.scheduler)
     return replace(plan, pool=pool)
 
 

@@ -6,6 +6,7 @@ the same Brownian path, coarse or fine.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from experiments.conditions import ALL, Condition
+from experiments.draw import Drawn, Look, Machine, ScoreOf
 from experiments.judging import block_ids, class_samples, reverse_eta
 from experiments.subject_kinds import exact_score, network_score
 from sde_diffusion import SDE, GaussianMixture
@@ -48,6 +50,8 @@ class Problem:
         network: its scores; None: the target's own.
         data: held-out and training samples where the target is not known.
         condition: the guidance and the classes that are asked for.
+        machine: where samples are drawn, and how many at a time; ``suggested`` where it does not
+            say. No figure depends on that.
         classifier: of noised inputs, for the network's classifier guidance.
     """
 
@@ -64,7 +68,8 @@ class Problem:
     seed: int
     grid: str | None
     denoise: bool
-    device: str
+    machine: Machine
+    suggested: int = 1024
     condition: Condition = _UNGUIDED
     classifier: Any = None
 
@@ -72,6 +77,11 @@ class Problem:
     def dtype(self) -> torch.dtype:
         """Exact scores are computed in float64, networks in their own precision."""
         return torch.float64 if self.network is None else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where scores are computed."""
+        return self.machine.device
 
     @property
     def law_known(self) -> bool:
@@ -112,26 +122,37 @@ class Problem:
         steps: int,
         ids: Tensor,
         *,
-        score: ScoreFn | None = None,
+        score_of: ScoreOf | None = None,
         start: Tensor | None = None,
         grid: str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> Solution:
-        """A solution from the noise of the samples."""
+    ) -> Drawn:
+        """A solution from the noise of the samples, in chunks as the machine says.
+
+        Args:
+            score_of: ids of a chunk -> its score; None: `score`.
+            start: the states at t_max, in the order of the ids; None: from the standard prior.
+        """
         stepped = isinstance(solver, Solver) and solver.stochastic
-        x = self.start(ids) if start is None else start
-        return sample(
-            self.score(ids) if score is None else score,
-            self.sde,
-            solver,
-            x=x.to(self.device, dtype or self.dtype),
-            steps=steps,
-            grid=grid or self.grid,
-            seed=self.seed,
-            sample_ids=ids,
-            noise=BrownianPath(self.sde, self.seed, ids, _DEPTH) if stepped else None,
-            denoise=self.denoise,
-        )
+
+        def one(rows: Tensor, look: Look) -> Solution:
+            part = ids[rows]
+            x = self.start(part) if start is None else start[rows]
+            return sample(
+                (score_of or self.score)(part),
+                self.sde,
+                solver,
+                x=x.to(self.device, dtype or self.dtype),
+                steps=steps,
+                grid=grid or self.grid,
+                seed=self.seed,
+                sample_ids=part,
+                noise=BrownianPath(self.sde, self.seed, part, _DEPTH) if stepped else None,
+                denoise=self.denoise,
+                progress=look,
+            )
+
+        return self.machine.for_solver(solver).solve(one, len(ids), self.suggested)
 
     def fine(
         self,
@@ -154,11 +175,11 @@ class Problem:
             reference,
             steps,
             ids,
-            score=self.score(ids, exact),
+            score_of=functools.partial(self.score, exact=exact),
             start=start,
             grid=GRID,
             dtype=torch.float64 if exact else None,
-        ).x.cpu()
+        ).x
 
     def truncated(self, repeat: int) -> tuple[Tensor, Tensor]:
         """Data, and the same data at t_min (denoised, where samples are)."""

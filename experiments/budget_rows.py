@@ -18,6 +18,7 @@ from experiments.network_error import NetworkError, amplified
 from experiments.planning import PlannedCell
 from experiments.records import OK, Record
 from experiments.results import Row, RunFolder
+from experiments.rows import sums
 from experiments.spec import spec_of
 from experiments.store import CellStore
 from solvers.catalogue import name_of, settings_of
@@ -46,6 +47,8 @@ class BudgetRow:
     total: Part | None
     floor: Part | None
     cells: tuple[str, ...]
+    peak_bytes: int | None = None
+    batch_size: int | None = None
     status: str = OK
     error: str = ""
 
@@ -136,13 +139,10 @@ class BudgetRows:
             return None
         there = [record for record in cells if record is not None]
         bad = [r for r in (*shared, *there) if r is not None and r.status != OK]
-        count = max(1, len(there))
         parts = {} if bad else _parts([r for r in (*shared, *cells) if r is not None])
         return BudgetRow(
             planned=tasks.planned,
-            nfe=sum(record.nfe or 0.0 for record in there) / count,
-            network_passes=sum(record.network_passes or 0.0 for record in there) / count,
-            seconds=sum(record.seconds or 0.0 for record in there),
+            **sums(there),
             parts={name: parts[name] for name in ORDER if name in parts},
             total=parts.get("total"),
             floor=parts.get("floor"),
@@ -209,6 +209,18 @@ def _parts(records: list[Record]) -> dict[str, Part]:
     return {name: Part(tuple(v for _, v in sorted(by.items()))) for name, by in squared.items()}
 
 
+def part_figures(every: Mapping[str, Part]) -> dict[str, Any]:
+    """What a row says of its parts beside their means."""
+    return {
+        "by_repeat": {name: part.squared for name, part in every.items()},
+        "intervals": {name: t_interval(part.squared) for name, part in every.items()},
+        "parts": {
+            name: {"value": part.value, "interval": part.interval, "resolved": part.resolved}
+            for name, part in every.items()
+        },
+    }
+
+
 def _as_row(plan: BudgetPlan, found: BudgetRow) -> Row:
     """A row of results.json: parts squared as metrics, and rooted under ``parts``."""
     planned, options = found.planned, plan.options
@@ -228,13 +240,11 @@ def _as_row(plan: BudgetPlan, found: BudgetRow) -> Row:
         "seed": options.seed,
         "samples": plan.samples * options.repeats,
         "repeats": options.repeats,
+        "depends_on_batch": getattr(cell.solver, "depends_on_batch", False),
+        "peak_bytes": found.peak_bytes,
+        "batch_size": found.batch_size,
         "cells": list(found.cells),
-        "by_repeat": {name: part.squared for name, part in every.items()},
-        "intervals": {name: t_interval(part.squared) for name, part in every.items()},
-        "parts": {
-            name: {"value": part.value, "interval": part.interval, "resolved": part.resolved}
-            for name, part in every.items()
-        },
+        **part_figures(every),
         "status": found.status,
         "error": found.error,
     }

@@ -72,7 +72,7 @@ class BudgetSubject(Subject):
         """What its parts are measured on.
 
         Args:
-            numbers: samples, repeats, seed, grid, denoise, device.
+            numbers: samples, repeats, seed, grid, denoise, machine.
         """
         network = None if self.network is None else self.network.models[sde]
         return Problem(
@@ -84,6 +84,7 @@ class BudgetSubject(Subject):
             network=None if network is None else network.model,
             num_classes=self.num_classes,
             data=self._data(condition),
+            suggested=self.suggested,
             condition=condition,
             classifier=None if network is None else network.classifier,
             **numbers,

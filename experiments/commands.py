@@ -15,7 +15,6 @@ from experiments import compare, generate, generate_shards, steps
 from experiments.advice import advise
 from experiments.asymptotics import evaluations_text
 from experiments.costs import throughput_table
-from experiments.experiment_file import to_toml, write_experiment
 from experiments.galleries import draw_pictures
 from experiments.plots import error_vs_steps
 from experiments.progress import ProgressBar
@@ -37,12 +36,8 @@ def run_compare(
     """
     timing = timing or Timing()
     plan = compare.make_plan(options)
-    if write_to == "-":
-        make_console().print(to_toml(options), end="", markup=False, soft_wrap=True)
-        return 0
     if write_to is not None:
-        write_experiment(write_to, options)
-        make_console().print(f"wrote {write_to}")
+        plan.file.put(options, write_to)
         return 0
     with ProgressBar() as bar:
         outcome = compare.run(plan, bar, timing)

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from experiments.cells import Task
 from experiments.computing import Computer, Interrupted, Progress
 from experiments.costs import Costs
-from experiments.experiment_file import EXPERIMENT, to_toml
+from experiments.experiment_file import EXPERIMENT
 from experiments.folders import prepare_out
 from experiments.intervals import error_at_look
 from experiments.judging import Cell
@@ -82,9 +82,8 @@ def run(
     computer = Computer(store, plan.pool, progress, options.force, timing)
     progress.start(sum(work_of(plan, planned) for planned in plan.cells) * options.repeats)
     with computer.keeping(folder, rows, len(plan.cells)):
-        if plan.experiment == "compare":
-            with naming(path / EXPERIMENT):
-                write_whole(path / EXPERIMENT, to_toml(options))
+        with naming(path / EXPERIMENT):
+            write_whole(path / EXPERIMENT, plan.file.to_toml(options))
         there: set[str] = set()
         for _ in _looks(outcome, rows):
             _references(plan, computer, there)

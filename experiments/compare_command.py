@@ -15,12 +15,14 @@ from experiments.options import (
     CellTimeout,
     Denoise,
     Device,
+    Experiment,
     Force,
     Grid,
     Jobs,
     Repeats,
     Scheduler,
     Seed,
+    WriteExperiment,
     given_names,
     numbers,
     parts,
@@ -32,14 +34,7 @@ from experiments.worker_start import prepare_workers
 @guarded
 def compare(
     context: typer.Context,
-    experiment: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[EXPERIMENT.toml]",
-            help="Options from a file, by the names they have here (targets, solvers, nfe, ...); "
-            "options typed here replace the file's.",
-        ),
-    ] = None,
+    experiment: Experiment = None,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -140,10 +135,7 @@ def compare(
             "--throughput", help="Also seconds per sample at the best batch size, measured after."
         ),
     ] = False,
-    write_experiment: Annotated[
-        str | None,
-        typer.Option(help="Write these options as an experiment file (-: print it), and end."),
-    ] = None,
+    write_experiment: WriteExperiment = None,
 ) -> None:
     """Compare solvers × SDEs × evaluations × guidance, at equal numbers of evaluations.
 
@@ -168,11 +160,10 @@ def compare(
     started = time.monotonic()
     prepare_workers(jobs, scheduler, device)  # what follows imports torch and all
     from experiments.commands import run_compare
-    from experiments.compare import BUDGETS, SOLVERS, CompareOptions
-    from experiments.experiment_file import combined, naming_keys
+    from experiments.planning import BUDGETS, FILE, SOLVERS, CompareOptions
     from experiments.timing import Timing
 
-    options, sources = combined(
+    options, sources = FILE.combined(
         CompareOptions(
             targets=target or (),
             models=model or (),
@@ -205,7 +196,7 @@ def compare(
         experiment,
         given_names(context),
     )
-    with naming_keys(sources):
+    with FILE.naming_keys(sources):
         failed = run_compare(options, write_experiment, Timing(started=started))
     if failed:
         raise typer.Exit(PARTLY)

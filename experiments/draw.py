@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from sde_diffusion.sde import SDE
 from solvers import Integrator, Solution, Solver, sample
 
 ScoreOf = Callable[[Tensor], ScoreFn]  # sample ids (B,) -> the score of that batch
+Look = Callable[[int, int], None]  # steps done, steps in all
 
 
 @dataclass(frozen=True)
@@ -74,21 +75,16 @@ class Machine:
         dtype: torch.dtype = torch.float32,
         suggested: int = 1024,
     ) -> Drawn:
-        """The samples with these ids.
-
-        A chunk for which memory does not suffice is halved until it does, and so are all after it:
-        the samples are the same.
+        """The samples with these ids, drawn as `solve` says.
 
         Args:
             score_of: the score for a batch, given its ids.
             ids: (N,) long.
-            suggested: chunk size where the user has named none; made smaller so that every worker
-                has something to do.
+            suggested: as of `solve`.
         """
-        share = -(-len(ids) // self.workers)
-        size = self.batch_size or max(1, min(suggested, share))
 
-        def one(part: Tensor, look: Callable[[int, int], None]) -> Solution:
+        def one(rows: Tensor, look: Look) -> Solution:
+            part = ids[rows]
             return sample(
                 score_of(part),
                 sde,
@@ -104,8 +100,29 @@ class Machine:
                 progress=look,
             )
 
+        return self.for_solver(solver).solve(one, len(ids), suggested)
+
+    def for_solver(self, solver: Solver | Integrator) -> Machine:
+        """Itself; for a sampler whose samples depend on their batch one chunk at a time, so that
+        they depend on nothing but the batch size."""
+        return replace(self, workers=1) if getattr(solver, "depends_on_batch", False) else self
+
+    def solve(
+        self, one: Callable[[Tensor, Look], Solution], count: int, suggested: int = 1024
+    ) -> Drawn:
+        """``count`` samples in chunks.
+
+        A chunk for which memory does not suffice is halved until it does, and so are all after it:
+        the samples are the same.
+
+        Args:
+            one: the samples at these places, (B,) long from 0 to ``count``; to call back at steps.
+            suggested: chunk size where the user has named none; made smaller so that every worker
+                has something to do.
+        """
+        size = self.batch_size or max(1, min(suggested, -(-count // self.workers)))
         while True:
-            chunks = list(ids.split(size))
+            chunks = list(torch.arange(count).split(size))
             started = time.perf_counter()
             try:
                 solutions = _side_by_side(one, chunks, self.workers)
@@ -119,7 +136,7 @@ class Machine:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         seconds = time.perf_counter() - started
-        weights = [len(part) / len(ids) for part in chunks]
+        weights = [len(part) / count for part in chunks]
         return Drawn(
             torch.cat([s.x.detach().cpu() for s in solutions]),
             _rounded(sum(w * s.nfe for w, s in zip(weights, solutions, strict=True))),
@@ -159,7 +176,7 @@ def one_thread_each() -> Iterator[None]:
 
 
 def _side_by_side(
-    one: Callable[[Tensor, Callable[[int, int], None]], Solution],
+    one: Callable[[Tensor, Look], Solution],
     chunks: list[Tensor],
     workers: int,
 ) -> list[Solution]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from experiments.budget_plan import BUDGETS, SOLVERS, BudgetOptions, BudgetPlan, make_plan
+from experiments.budget_plan import BUDGETS, FILE, SOLVERS, BudgetOptions, BudgetPlan, make_plan
 from experiments.budget_rows import BudgetOutcome, BudgetRow, BudgetRows
 from experiments.cells import Task
 from experiments.computing import Computer, Progress
+from experiments.experiment_file import EXPERIMENT
 from experiments.folders import prepare_out
-from experiments.results import RunFolder
+from experiments.results import RunFolder, naming, write_whole
 from experiments.store import CellStore
 from experiments.timing import Timing
 from experiments.work import Given
@@ -50,7 +51,7 @@ def run(plan: BudgetPlan, progress: Progress, timing: Timing | None = None) -> B
     options = plan.options
     path = prepare_out(plan.out, pictures=(*PICTURES, "report.html"))
     config = {**asdict(options), "jobs": plan.pool.jobs, "sizes": {plan.subject.name: plan.samples}}
-    folder = RunFolder(path, "error-budget", config, device=options.device)
+    folder = RunFolder(path, FILE.table, config, device=options.device)
     outcome = BudgetOutcome(plan, folder, CellStore(path))
     rows = BudgetRows(outcome)
     computer = Computer(outcome.store, plan.pool, progress, options.force, timing)
@@ -61,6 +62,8 @@ def run(plan: BudgetPlan, progress: Progress, timing: Timing | None = None) -> B
         return outcome.store.tensors(given[task.key].key)
 
     with computer.keeping(folder, rows, len(plan.cells)):
+        with naming(path / EXPERIMENT):
+            write_whole(path / EXPERIMENT, FILE.to_toml(options))
         for task, done in computer.run(shared):
             rows.add(done.record)
             progress.done(plan.work_of(task))

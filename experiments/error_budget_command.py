@@ -11,22 +11,29 @@ from experiments.failures import PARTLY, guarded
 from experiments.options import (
     OUT_HELP,
     SOLVER_HELP,
+    Batch,
     CellTimeout,
     Denoise,
     Device,
+    Experiment,
     Force,
     Grid,
     Jobs,
     Repeats,
     Scheduler,
     Seed,
+    WriteExperiment,
+    given_names,
     numbers,
     whole_numbers,
 )
+from experiments.worker_start import prepare_workers
 
 
 @guarded
 def error_budget(
+    context: typer.Context,
+    experiment: Experiment = None,
     target: Annotated[
         str | None,
         typer.Option(help="An exact target; with --model: what it was trained on samples of."),
@@ -67,12 +74,13 @@ def error_budget(
         str | None,
         typer.Option(help="Real data to compare a model's samples with: .npy or image folder."),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Samples in a repeat.")] = 1000,
+    samples: Annotated[int | None, typer.Option(help="Samples in a repeat. Default: 1000.")] = None,
     repeats: Repeats = 3,
     buckets: Annotated[
         int, typer.Option(help="Ranges of times that a network's error is measured in.")
     ] = 8,
     seed: Seed = 0,
+    batch_size: Batch = None,
     grid: Grid = None,
     denoise: Denoise = False,
     device: Device = "cpu",
@@ -83,6 +91,7 @@ def error_budget(
     scheduler: Scheduler = None,
     cell_timeout: CellTimeout = None,
     force: Force = False,
+    write_experiment: WriteExperiment = None,
 ) -> None:
     """Where a sampler's error comes from: truncation, prior, score, discretisation, Monte Carlo.
 
@@ -103,15 +112,18 @@ def error_budget(
       sde-diffusion error-budget --model digits-vp --samples 100
 
       sde-diffusion error-budget --target ring --guidance cfg --scale 1,3 --label 2
+
+      sde-diffusion error-budget examples/error_budget.toml --nfe 100
     """
-    started = time.monotonic()  # what follows imports torch and all
-    from experiments.error_budget import BUDGETS, SOLVERS, BudgetOptions
+    started = time.monotonic()
+    prepare_workers(jobs, scheduler, device)  # what follows imports torch and all
+    from experiments.budget_plan import BUDGETS, FILE, SOLVERS, BudgetOptions
     from experiments.run_error_budget import run_error_budget
     from experiments.timing import Timing
 
-    failed = run_error_budget(
+    options, sources = FILE.combined(
         BudgetOptions(
-            targets=(target,) if target else (() if model else ("ring",)),
+            targets=(target,) if target else (),
             models=(model,) if model else (),
             sdes=sde or (),
             solvers=solver or SOLVERS,
@@ -123,6 +135,7 @@ def error_budget(
             samples=samples,
             repeats=repeats,
             seed=seed,
+            batch_size=batch_size,
             grid=grid,
             denoise=denoise,
             device=device,
@@ -133,7 +146,10 @@ def error_budget(
             cell_timeout=cell_timeout,
             force=force,
         ),
-        Timing(started=started),
+        experiment,
+        given_names(context),
     )
+    with FILE.naming_keys(sources):
+        failed = run_error_budget(options, write_experiment, Timing(started=started))
     if failed:
         raise typer.Exit(PARTLY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 
 import typer
@@ -14,20 +15,26 @@ from experiments.options import (
     CellTimeout,
     Denoise,
     Device,
+    Experiment,
     Force,
     Grid,
     Jobs,
     Repeats,
     Scheduler,
     Seed,
+    WriteExperiment,
+    given_names,
     intervals,
     numbers,
     whole_numbers,
 )
+from experiments.worker_start import prepare_workers
 
 
 @guarded
 def guidance(
+    context: typer.Context,
+    experiment: Experiment = None,
     target: Annotated[
         list[str] | None,
         typer.Option(help="An exact target's name, or digits; repeatable. Default: digits."),
@@ -94,6 +101,7 @@ def guidance(
     scheduler: Scheduler = None,
     cell_timeout: CellTimeout = None,
     force: Force = False,
+    write_experiment: WriteExperiment = None,
 ) -> None:
     """What guidance does: alignment, fidelity, diversity, saturation, and where solvers break.
 
@@ -110,11 +118,16 @@ def guidance(
       sde-diffusion guidance --target ring --scale 1,2,3,5,8 --nfe 8,16,32
 
       sde-diffusion guidance --guidance cfg --nfe 16 --intervals full,0.3:3,1:10
-    """
-    from experiments.guidance_report import run_guidance
-    from experiments.guidance_run import BUDGETS, GUIDANCES, SCALES, SOLVERS, GuidanceOptions
 
-    failed = run_guidance(
+      sde-diffusion guidance examples/guidance.toml --seed 1
+    """
+    started = time.monotonic()
+    prepare_workers(jobs, scheduler, device)  # what follows imports torch and all
+    from experiments.guidance_report import run_guidance
+    from experiments.guidance_run import BUDGETS, FILE, GUIDANCES, SCALES, SOLVERS, GuidanceOptions
+    from experiments.timing import Timing
+
+    options, sources = FILE.combined(
         GuidanceOptions(
             targets=target or (),
             models=model or (),
@@ -139,7 +152,11 @@ def guidance(
             force=force,
             intervals=intervals("--intervals", interval) or (None,),
             tolerance=tolerance,
-        )
+        ),
+        experiment,
+        given_names(context),
     )
+    with FILE.naming_keys(sources):
+        failed = run_guidance(options, write_experiment, Timing(started=started))
     if failed:
         raise typer.Exit(PARTLY)

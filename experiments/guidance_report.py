@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from experiments.guidance_pictures import draw_guidance
 from experiments.guidance_run import GuidanceOptions, Line, make_plan, run
 from experiments.progress import ProgressBar
 from experiments.tables import make_console, number, wrote
+from experiments.timing import Timing
 
 __all__ = ["breaking_text", "run_guidance"]
 
@@ -31,14 +31,26 @@ _COLUMNS = {
 }
 
 
-def run_guidance(options: GuidanceOptions) -> int:
-    """``sde-diffusion guidance``; how many rows failed."""
-    started = time.monotonic()
+def run_guidance(
+    options: GuidanceOptions, write_to: str | None = None, timing: Timing | None = None
+) -> int:
+    """``sde-diffusion guidance``; how many rows failed.
+
+    Args:
+        write_to: only check the options and write them to this experiment file; ``-``: print it.
+        timing: begun where the command began.
+    """
+    timing = timing or Timing()
     plan = make_plan(options)
+    if write_to is not None:
+        plan.file.put(options, write_to)
+        return 0
     with ProgressBar() as bar:
-        outcome, lines = run(plan, bar)
+        outcome, lines = run(plan, bar, timing)
         bar.now("pictures")
         paths = draw_guidance(outcome, lines)
+    outcome.folder.timing = timing.as_dict()
+    outcome.folder.write()
     console = make_console()
     rows = outcome.folder.rows
     for place in dict.fromkeys((row["target"], row["sde"]) for row in rows):
@@ -49,7 +61,7 @@ def run_guidance(options: GuidanceOptions) -> int:
         where = f"{row['target']} · {row['guided_by']} · {row['spec']} · {row['budget']}"
         console.print(Text.assemble((f"{row['status']}: ", "red"), f"{where}: {row['error']}"))
     files = ["results.json", "cells.parquet", *(path.name for path in paths)]
-    wrote(console, outcome.folder.path, files, started)
+    wrote(console, outcome.folder.path, files, timing.started)
     return len(outcome.failed)
 
 

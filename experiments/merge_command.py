@@ -12,13 +12,17 @@ from experiments.options import OUT_HELP
 
 @guarded
 def merge(
-    a: Annotated[str, typer.Argument(metavar="A", help="Folder of a comparison.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Folder of another.")],
+    a: Annotated[
+        str,
+        typer.Argument(metavar="A", help="Folder of a run of compare, guidance or error-budget."),
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="Folder of another of the same command.")],
     out: Annotated[str, typer.Option(help=OUT_HELP)],
 ) -> None:
-    """Two comparisons in one folder: the union of their cells, all repeats of a row taken together.
+    """Two runs in one folder: the union of their cells, all repeats of a row taken together.
 
-    A cell that both hold must have the same figures in both.
+    Of compare, guidance or error-budget, both of the same. A cell that both hold must have the same
+    figures in both.
 
     [bold]Example[/bold]
 

@@ -13,6 +13,7 @@ error there ends up in a sample.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -134,17 +135,21 @@ def displacements(
     Args:
         error: the network's, by time.
     """
-    ids = problem.ids(0)
-    exact, network = problem.score(ids, exact=True), problem.score(ids)
-    truth = problem.solve(solver, steps, ids, score=exact).x
+    ids, exact = problem.ids(0), functools.partial(problem.score, exact=True)
+    truth = problem.solve(solver, steps, ids, score_of=exact).x
     found = []
     for place, bucket in enumerate(error):
         # The ends of the run belong to the first and the last range, whatever rounding says.
         low = -math.inf if place == len(error) - 1 else bucket.half_log_snr_low
         high = math.inf if place == 0 else bucket.half_log_snr_high
-        score = SwitchedScore(network, exact, low, high)
-        found.append(rms_distance(problem.solve(solver, steps, ids, score=score).x, truth))
+        switched = functools.partial(_switched, problem, low, high)
+        moved = problem.solve(solver, steps, ids, score_of=switched).x
+        found.append(rms_distance(moved, truth))
     return tuple(found), rms_distance(problem.solve(solver, steps, ids).x, truth)
+
+
+def _switched(problem: Problem, low: float, high: float, ids: Tensor) -> ScoreFn:
+    return SwitchedScore(problem.score(ids), problem.score(ids, exact=True), low, high)
 
 
 def amplified(

@@ -43,6 +43,18 @@ CellTimeout = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="Compute again what the folder already holds.")
 ]
+Experiment = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[EXPERIMENT.toml]",
+        help="Options from a file, by the names they have here (targets, solvers, nfe, ...); "
+        "options typed here replace the file's.",
+    ),
+]
+WriteExperiment = Annotated[
+    str | None,
+    typer.Option(help="Write these options as an experiment file (-: print it), and end."),
+]
 OdeSolver = Annotated[str, typer.Option(help="An ODE solver: NAME or NAME:key=value.")]
 OdeSteps = Annotated[
     int | None, typer.Option(help="Fixed steps, even in log-SNR. Default: chosen by error.")

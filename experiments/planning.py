@@ -12,6 +12,7 @@ from experiments.budget import BudgetError, measured_nfe, steps_for_budget
 from experiments.cells import Judging, Kind, Task, cell_key
 from experiments.conditions import Condition, make_conditions
 from experiments.draw import make_machine
+from experiments.experiment_file import ExperimentFile
 from experiments.folders import default_out
 from experiments.judging import Cell, Judge
 from experiments.pool import Pool
@@ -72,6 +73,15 @@ class CompareOptions:
     throughput: bool = False
 
 
+KEYS = {"budgets": "nfe", "guidances": "guidance"}  # of files, where not the fields' names
+FILE = ExperimentFile("compare", CompareOptions, KEYS)
+# Options that compare alone has.
+OF_COMPARE = (
+    *("features", "metrics", "throughput"),
+    *("until_resolved", "budget_seconds", "max_repeats"),
+)
+
+
 @dataclass(frozen=True)
 class PlannedCell:
     """A cell and its steps; ``budget`` and ``steps`` are None where the solver has its own."""
@@ -107,8 +117,13 @@ class Plan:
     out: str
     samples: dict[str, int]
     judging: Judging = "distance"
-    experiment: str = "compare"
+    file: ExperimentFile[Any] = FILE
     repeats: dict[Column, int] = field(default_factory=dict)  # where not ``options.repeats``
+
+    @property
+    def experiment(self) -> str:
+        """The command that it is a run of."""
+        return self.file.table
 
     def repeats_of(self, planned: PlannedCell) -> int:
         """How many repeats a cell has."""

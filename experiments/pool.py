@@ -19,6 +19,7 @@ import torch
 from experiments.cells import Task
 from experiments.records import FAILED, TIMEOUT
 from experiments.work import Done, Given, perform, record_of
+from experiments.worker_start import end_with_parent
 
 Work = tuple[Task, Given | None]
 _GRACE = 20.0  # seconds beyond a cell's own limit before its process is ended
@@ -64,7 +65,8 @@ class Pool:
 def _alone(index: int, task: Task, given: Given | None, marks: str | None) -> tuple[int, Done]:
     """One cell in a process of its own, on one thread."""
     torch.set_num_threads(1)
-    if marks is not None:
+    if marks is not None:  # on this machine
+        end_with_parent()
         (Path(marks) / str(index)).touch()
     return index, perform(task, given)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -142,31 +142,54 @@ class Rows:
         planned = plan.cells[index]
         records = [self._records[key] for key in self._keys[index]]
         floors = _floors(self._outcome, planned)
-        floor = _estimates(floors)
+        floor = estimates(floors)
         self._outcome.folder.floor.setdefault(planned.subject.name, floor)
         row = make_row(plan, planned, records, floor)
         if row.metrics:
-            row = self._with_intervals(row, records, floors)
+            tensors_of = self._outcome.store.tensors
+            more = repeat_figures(records, floors, tensors_of, self._bootstrap)
+            row = replace(row, extra={**row.extra, **more})
         return row
 
-    def _with_intervals(
-        self, row: Row, records: Sequence[Record], floors: Sequence[Mapping[str, float]]
-    ) -> Row:
-        store = self._outcome.store
-        values, floor = by_repeat([record.metrics for record in records]), by_repeat(floors)
-        kept = [store.tensors(record.key) or {} for record in records] if "rms" in values else []
-        distances = [one["distance"].numpy() for one in kept if "distance" in one]
-        if len(distances) < len(records):
-            distances = []
-        seconds = t_interval([record.seconds or 0.0 for record in records])
-        total = None if seconds is None else [max(0.0, len(records) * end) for end in seconds]
-        more = {
-            "by_repeat": values,
-            "floor_by_repeat": floor,
-            "intervals": row_intervals(values, floor, distances, self._bootstrap),
-            "seconds_interval": total,
-        }
-        return replace(row, extra={**row.extra, **more})
+
+def repeat_figures(
+    records: Sequence[Record],
+    floors: Sequence[Mapping[str, float]],
+    tensors_of: Callable[[str], Mapping[str, Tensor] | None],
+    bootstrap: PairedBootstrap,
+) -> dict[str, Any]:
+    """What a row says of its repeats beside their means: figures one by one, and intervals.
+
+    Args:
+        records: its cells, all finished.
+        floors: what true samples score, repeat by repeat; empty: not known.
+        tensors_of: what is stored beside a record, by its key.
+    """
+    values, floor = by_repeat([record.metrics for record in records]), by_repeat(floors)
+    kept = [tensors_of(record.key) or {} for record in records] if "rms" in values else []
+    distances = [one["distance"].numpy() for one in kept if "distance" in one]
+    if len(distances) < len(records):
+        distances = []
+    seconds = t_interval([record.seconds or 0.0 for record in records])
+    total = None if seconds is None else [max(0.0, len(records) * end) for end in seconds]
+    return {
+        "by_repeat": values,
+        "floor_by_repeat": floor,
+        "intervals": row_intervals(values, floor, distances, bootstrap),
+        "seconds_interval": total,
+    }
+
+
+def sums(records: Sequence[Record]) -> dict[str, Any]:
+    """What a row says of its cells, whatever they measured."""
+    count = max(1, len(records))
+    return {
+        "nfe": sum(record.nfe or 0.0 for record in records) / count,
+        "network_passes": sum(record.network_passes or 0.0 for record in records) / count,
+        "seconds": sum(record.seconds or 0.0 for record in records),
+        "peak_bytes": max((record.peak_bytes or 0 for record in records), default=0) or None,
+        "batch_size": min((record.batch_size or 0 for record in records), default=0) or None,
+    }
 
 
 def _floors(outcome: Outcome, planned: PlannedCell) -> list[Mapping[str, float]]:
@@ -179,7 +202,7 @@ def _floors(outcome: Outcome, planned: PlannedCell) -> list[Mapping[str, float]]
     return found
 
 
-def _estimates(metrics: Sequence[Mapping[str, float]]) -> dict[str, Estimate]:
+def estimates(metrics: Sequence[Mapping[str, float]]) -> dict[str, Estimate]:
     """Name by name over repeats; what a repeat lacks, or found not finite, is not known."""
     if not metrics:
         return {}
@@ -197,7 +220,7 @@ def make_row(
     cell, options = planned.cell, plan.options
     judge = plan.judge(planned)
     failed = [record for record in records if record.status != OK]
-    count = len(records)
+    count, costs = len(records), sums(records)
     return Row(
         solver=name_of(type(cell.solver)),
         settings=settings_of(cell.solver),
@@ -206,10 +229,10 @@ def make_row(
         guidance=cell.condition.guidance,
         scale=cell.condition.scale,
         steps=planned.steps,
-        nfe=sum(record.nfe or 0.0 for record in records) / count,
-        network_passes=sum(record.network_passes or 0.0 for record in records) / count,
-        seconds=sum(record.seconds or 0.0 for record in records),
-        metrics={} if failed else _estimates([record.metrics for record in records]),
+        nfe=costs["nfe"],
+        network_passes=costs["network_passes"],
+        seconds=costs["seconds"],
+        metrics={} if failed else estimates([record.metrics for record in records]),
         extra={
             "budget": planned.budget,
             "spec": spec_of(cell.solver),
@@ -227,8 +250,8 @@ def make_row(
             "seed": options.seed,
             "samples": plan.samples[planned.subject.name] * count,
             "repeats": count,
-            "peak_bytes": max((record.peak_bytes or 0 for record in records), default=0) or None,
-            "batch_size": min((record.batch_size or 0 for record in records), default=0) or None,
+            "peak_bytes": costs["peak_bytes"],
+            "batch_size": costs["batch_size"],
             "cells": [record.key for record in records],
             "by_repeat": {},
             "floor_by_repeat": {},

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -142,7 +141,7 @@ def compute(task: Task, given: Given | None, workers: int) -> Done:
     ids = block_ids(task.samples, task.repeat)
     if task.kind == "fine":
         drawn = _drawn(task, machine, ids[: judge.paired], judge.fine_solver, judge.fine_steps)
-        fine_record = record_of(task, **_costs(drawn), judging_seconds=made, **named)
+        fine_record = record_of(task, **costs_of(drawn), judging_seconds=made, **named)
         return Done(fine_record, {"x": drawn.x})
     _warm_up(task, machine, ids)
     with peak_memory(machine.device) as memory:
@@ -156,7 +155,7 @@ def compute(task: Task, given: Given | None, workers: int) -> Done:
         tensors["distance"] = distances
     record = record_of(
         task,
-        **_costs(drawn),
+        **costs_of(drawn),
         **named,
         metrics=metrics,
         peak_bytes=memory.bytes,
@@ -169,8 +168,6 @@ def _drawn(
     task: Task, machine: Machine, ids: Tensor, solver: Any, steps: int | None, denoise: bool = False
 ) -> Drawn:
     subject = subject_of(task)
-    if getattr(solver, "depends_on_batch", False):  # then on nothing but the batch size
-        machine = replace(machine, workers=1)
     return machine.draw(
         subject.score_of(task.sde, task.condition),
         subject.sdes[task.sde],
@@ -190,7 +187,8 @@ def draw_task(task: Task, machine: Machine, ids: Tensor) -> Drawn:
     return _drawn(task, machine, ids, task.solver, task.steps)
 
 
-def _costs(drawn: Drawn) -> dict[str, Any]:
+def costs_of(drawn: Drawn) -> dict[str, Any]:
+    """What a record says of the drawing."""
     return {
         "nfe": drawn.nfe,
         "network_passes": drawn.network_passes,
@@ -202,11 +200,17 @@ def _costs(drawn: Drawn) -> dict[str, Any]:
 _warm: set[tuple[Any, ...]] = set()
 
 
+def is_first(task: Task) -> bool:
+    """Whether this process has drawn nothing of the kind yet."""
+    key = (task.subjects, task.subject, task.sde, task.condition, task.device, task.samples)
+    first = key not in _warm
+    _warm.add(key)
+    return first
+
+
 def _warm_up(task: Task, machine: Machine, ids: Tensor) -> None:
     """Two steps that are not timed: first calls of a network are slow."""
-    key = (task.subjects, task.subject, task.sde, task.condition, task.device, task.samples)
-    if key not in _warm:
-        _warm.add(key)
+    if is_first(task):
         few = ids[: 2 * subject_of(task).suggested]
         _drawn(task, machine, few, ProbabilityFlow("euler"), 2)
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
 from multiprocessing import forkserver
+from typing import Any
 
 _LOADED = ["experiments.work"]
+_WATCH = "ends with its parent"  # a thread's name
 
 
 def usable_cores() -> int:
@@ -42,3 +45,20 @@ def prepare_workers(jobs: int | None, scheduler: str | None, device: str) -> Non
     from joblib.externals.loky.backend.context import set_start_method
 
     set_start_method("forkserver", force=True)
+
+
+def end_with_parent() -> None:
+    """In a worker: from now on, end when the process that it works for has ended.
+
+    A process that is killed takes nobody with it, and its workers would wait minutes for more to
+    do. What a worker is at is lost, and nothing else: it writes nothing.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None or any(thread.name == _WATCH for thread in threading.enumerate()):
+        return
+    threading.Thread(target=_follow, args=(parent,), name=_WATCH, daemon=True).start()
+
+
+def _follow(parent: Any) -> None:
+    parent.join()
+    os._exit(1)

@@ -51,3 +51,14 @@ class Dies(DDIM):
                 Path(self.mark).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().step(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class DiesOfMany(DDIM):
+    """Its process ends where there is more than one sample: as when memory runs out, not before
+    there is work, when a sampler's evaluations are counted on one."""
+
+    def step(self, score_fn: Any, x: Any, *args: Any, **kwargs: Any) -> Stepped:
+        if len(x) > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(score_fn, x, *args, **kwargs)

@@ -208,6 +208,18 @@ def test_repeats_of_other_seeds_become_one_row(runs: Path, tmp_path: Path) -> No
     assert row["samples"] == 180
     assert row["metrics"]["energy"]["value"] == pytest.approx(np.mean(values))
     assert row["metrics"]["energy"]["stderr"] == pytest.approx(np.std(values, ddof=1) / 6**0.5)
+    assert sorted(row["by_repeat"]["energy"]) == sorted(values)
+    floors = [r["floor_by_repeat"]["energy"] for run in (a, c) for r in run.rows if same(r, row)]
+    assert row["floor_by_repeat"]["energy"] == [*floors[0], *floors[1]]
+    # Student's 97.5 % point with five degrees of freedom, from tables.
+    reach = 2.570582 * np.std(values, ddof=1) / 6**0.5
+    low, high = row["intervals"]["energy"]
+    assert (high + low) / 2 == pytest.approx(np.mean(values))
+    assert (high - low) / 2 == pytest.approx(reach, rel=1e-6)
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return identity(one) == identity(other)
 
 
 def test_a_key_with_two_figures_is_named(runs: Path, tmp_path: Path) -> None:

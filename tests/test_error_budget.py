@@ -28,6 +28,7 @@ from experiments.budget_parts import (
 from experiments.budget_pictures import budget_tables
 from experiments.budget_problem import Problem, fine_steps, reference_for
 from experiments.budget_subject import scaled
+from experiments.draw import Machine
 from experiments.error_budget import BudgetOptions, make_plan, run
 from experiments.network_error import (
     Amplified,
@@ -91,7 +92,7 @@ def problem(**changes: Any) -> Problem:
         "seed": 0,
         "grid": None,
         "denoise": False,
-        "device": "cpu",
+        "machine": Machine(torch.device("cpu")),
     }
     return Problem(**given | changes)
 
@@ -254,7 +255,6 @@ def test_a_run_writes_rows_and_pictures(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "name what the budget is of: --target, --model, or both"),
         ({"targets": ["digits"]}, "--target digits has no exact score; give its network alone"),
         (
             {"targets": ["ring"], "models": ["digits-vp"]},

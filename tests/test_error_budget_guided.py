@@ -14,6 +14,7 @@ from torch import Tensor
 from experiments.budget_parts import Part, paired_energy
 from experiments.budget_subject import BudgetSubject
 from experiments.conditions import Condition
+from experiments.draw import Machine
 from experiments.error_budget import BudgetOptions, make_plan
 from experiments.metrics import energy_distance
 from experiments.subjects import ExactSubject
@@ -140,8 +141,9 @@ def test_a_class_of_real_data_is_compared_with_its_own() -> None:
 
 
 def numbers(options: BudgetOptions) -> dict[str, Any]:
-    names = ("repeats", "seed", "grid", "denoise", "device")
-    return {"samples": 10, **{name: getattr(options, name) for name in names}}
+    names = ("repeats", "seed", "grid", "denoise")
+    machine = Machine(torch.device(options.device))
+    return {"samples": 10, "machine": machine, **{name: getattr(options, name) for name in names}}
 
 
 @pytest.mark.parametrize(

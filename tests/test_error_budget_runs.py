@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from experiments import pool
+from experiments import budget_problem, pool
 from experiments.cells import Task
 from experiments.cli import app
 from experiments.computing import Interrupted
@@ -36,7 +36,7 @@ SMALL: dict[str, Any] = {
     "samples": 24,
     "repeats": 2,
 }
-MACHINE = {"seconds", "judging_seconds", "timing"}
+MACHINE = {"seconds", "judging_seconds", "timing", "peak_bytes"}
 BAD = "tests.misbehaving:Raises"
 
 
@@ -141,7 +141,7 @@ def test_what_changes_the_figures_changes_the_key() -> None:
         return {task.key for task in (*plan.shared_tasks(), *plan.solver_tasks())}
 
     same = keys()
-    for change in ({"jobs": 2}, {"cell_timeout": 9.0}, {"out": "x"}):
+    for change in ({"jobs": 2}, {"cell_timeout": 9.0}, {"out": "x"}, {"batch_size": 5}):
         assert keys(**change) == same  # type: ignore[arg-type]
     for change in (
         {"targets": ("moons",)},
@@ -155,6 +155,70 @@ def test_what_changes_the_figures_changes_the_key() -> None:
         assert not keys(**change) & same, change  # type: ignore[arg-type]
     # The grid is the solvers' alone, and what they share stays.
     assert len(keys(grid="karras") & same) == 6
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    """Every tensor that a run has kept."""
+    store = CellStore(folder)
+    found = {record.key: store.tensors(record.key) or {} for record in store.all()}
+    return {f"{key} {name}": x for key, one in found.items() for name, x in one.items()}
+
+
+def without_batch(folder: Path) -> list[list[dict[str, Any]]]:
+    tables = figures(folder)
+    return [[{k: v for k, v in row.items() if k != "batch_size"} for row in t] for t in tables]
+
+
+def test_no_figure_depends_on_the_batch(tmp_path: Path) -> None:
+    """Nor on the threads that batches are drawn by; noisy solvers, guided ones and what guided
+    samples are compared with among them."""
+    given: dict[str, Any] = {"guidances": ("none", "cfg"), "scales": (3.0,), "denoise": True}
+    given |= {"budgets": (4,), "jobs": 1}
+    budget(tmp_path / "whole", **given)
+    budget(tmp_path / "parts", batch_size=5, **given)
+    assert without_batch(tmp_path / "whole") == without_batch(tmp_path / "parts")
+    whole, parts = stored(tmp_path / "whole"), stored(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    rows = [load_results(tmp_path / name)["rows"] for name in ("whole", "parts")]
+    sizes = [{row["batch_size"] for row in one} for one in rows]
+    assert sizes == [{24}, {5}]
+    records = read_table(tmp_path / "parts" / "cells.parquet")
+    assert {record.batch_size for record in records} == {5}
+    assert all(record.peak_bytes is not None for record in records)
+    plan = make_plan(BudgetOptions(**{**SMALL, **given}))
+    task = plan.solver_tasks()[0]
+    fine = CellStore(tmp_path / "whole").tensors(plan.given_tasks()[task.key].key)
+    threads = [perform(task, fine, workers).record for workers in (1, 3)]
+    assert [record.batch_size for record in threads] == [24, 8]
+    assert threads[0].metrics == threads[1].metrics
+
+
+def test_a_batch_that_memory_does_not_hold_is_halved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every solution: the sampler's, the fine ones, and those of the network's error."""
+    solved = budget_problem.sample
+
+    def short(*args: Any, **kwargs: Any) -> Any:
+        if len(kwargs["x"]) > 7:
+            raise torch.OutOfMemoryError("out of memory")
+        return solved(*args, **kwargs)
+
+    budget(tmp_path / "whole")
+    monkeypatch.setattr(budget_problem, "sample", short)
+    halved = budget(tmp_path / "halved")
+    assert not halved.failed
+    assert {r["batch_size"] for r in load_results(tmp_path / "halved")["rows"]} == {6}
+    assert without_batch(tmp_path / "halved") == without_batch(tmp_path / "whole")
+
+
+def test_a_sampler_that_looks_at_its_batch_is_another_at_another_batch_size() -> None:
+    def keys(batch_size: int | None) -> set[str]:
+        options = {**SMALL, "solvers": ("tests.samplers:with_generator",), "batch_size": batch_size}
+        return {task.key for task in make_plan(BudgetOptions(**options)).solver_tasks()}
+
+    assert not keys(3) & keys(5)
 
 
 def test_an_identity_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from experiments import budget_plan
+from experiments.budget_plan import FILE as BUDGET
+from experiments.budget_plan import BudgetOptions
 from experiments.cli import app
-from experiments.experiment_file import EXPERIMENT, combined, key_of, read_experiment, to_toml
-from experiments.planning import CompareOptions, make_plan
+from experiments.experiment_file import COMMANDS, EXPERIMENT, ExperimentFile
+from experiments.guidance_judging import ExactGuidanceJudge
+from experiments.guidance_run import FILE as GUIDANCE
+from experiments.guidance_run import GuidanceOptions
+from experiments.planning import FILE, CompareOptions, make_plan
 from experiments.records import read_table
 from experiments.results import load_results
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "compare.toml"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLE = EXAMPLES / "compare.toml"
 SMALL = ("--target", "ring", "--solver", "ddim", "--nfe", "4", "--samples", "20", "--repeats", "2")
 
 
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, ["compare", *map(str, arguments)])
+def run(*arguments: str | Path, command: str = "compare") -> Result:
+    return CliRunner().invoke(app, [command, *map(str, arguments)])
 
 
 def written(folder: Path, text: str) -> Path:
@@ -52,18 +60,18 @@ def test_every_option_survives_the_file(tmp_path: Path) -> None:
         scheduler="tcp://host:8786",
         cell_timeout=1.5,
     )
-    read = read_experiment(written(tmp_path, to_toml(options)))
+    read = FILE.read(written(tmp_path, FILE.to_toml(options)))
     assert CompareOptions(**read) == options
-    assert CompareOptions(**read_experiment(written(tmp_path, to_toml(CompareOptions())))) == (
+    assert CompareOptions(**FILE.read(written(tmp_path, FILE.to_toml(CompareOptions())))) == (
         CompareOptions()
     )
-    assert read_experiment(written(tmp_path, "[compare]\nforce = true\n")) == {"force": True}
-    assert "force" not in to_toml(CompareOptions(force=True))
+    assert FILE.read(written(tmp_path, "[compare]\nforce = true\n")) == {"force": True}
+    assert "force" not in FILE.to_toml(CompareOptions(force=True))
 
 
 def test_a_class_may_be_a_number_and_a_scale_a_whole_one(tmp_path: Path) -> None:
     text = '[compare]\nlabel = 2\nscales = [1, 2.5]\nguidance = ["cfg"]\n'
-    assert read_experiment(written(tmp_path, text)) == {
+    assert FILE.read(written(tmp_path, text)) == {
         "label": "2",
         "scales": (1.0, 2.5),
         "guidances": ("cfg",),
@@ -73,7 +81,9 @@ def test_a_class_may_be_a_number_and_a_scale_a_whole_one(tmp_path: Path) -> None
 def test_what_is_typed_replaces_what_the_file_says(tmp_path: Path) -> None:
     file = written(tmp_path, '[compare]\ntargets = ["moons"]\nnfe = [8]\nseed = 3\nrepeats = 9\n')
     typed = CompareOptions(targets=("ring",), budgets=(6,), repeats=3, samples=20)
-    options, sources = combined(typed, str(file), {"target", "repeats", "samples", "experiment"})
+    options, sources = FILE.combined(
+        typed, str(file), {"target", "repeats", "samples", "experiment"}
+    )
     # Of the command line only what was typed, even where that is the default (--repeats 3).
     assert options == CompareOptions(targets=("ring",), budgets=(8,), seed=3, repeats=3, samples=20)
     assert sources == {"nfe": str(file), "seed": str(file)}
@@ -144,10 +154,10 @@ def test_options_are_written_as_a_file_that_gives_the_same_plan(tmp_path: Path) 
     printed = run(file, "--write-experiment", "-")
     assert printed.stdout == file.read_text()
     assert set(tomllib.loads(printed.stdout)["compare"]) <= {
-        key_of(f.name) for f in fields(CompareOptions)
+        FILE.key_of(f.name) for f in fields(CompareOptions)
     }
     typed = CompareOptions(("ring",), solvers=("ddim",), budgets=(4,), samples=20, repeats=2)
-    assert make_plan(CompareOptions(**read_experiment(file))).out == make_plan(typed).out
+    assert make_plan(CompareOptions(**FILE.read(file))).out == make_plan(typed).out
     over = run(*SMALL, "--write-experiment", file)
     assert over.exit_code == 2
     assert "exists; name a new file, or - to print" in over.stderr
@@ -156,3 +166,107 @@ def test_options_are_written_as_a_file_that_gives_the_same_plan(tmp_path: Path) 
     wrong = run("--nfe", "0", "--write-experiment", tmp_path / "wrong.toml")
     assert wrong.exit_code == 2
     assert not (tmp_path / "wrong.toml").exists()
+
+
+def test_every_option_of_guidance_and_of_error_budget_survives_the_file(tmp_path: Path) -> None:
+    guided = GuidanceOptions(
+        targets=("ring",),
+        scales=(1.0, 2.5),
+        intervals=(None, (0.3, 3.0), (1e-3, 1 / 3)),
+        tolerance=0.1,
+        grid=None,
+        batch_size=7,
+    )
+    # A grid of None has no value in TOML, and the default of guidance is a grid.
+    read = GUIDANCE.read(written(tmp_path, GUIDANCE.to_toml(guided)))
+    assert GuidanceOptions(**read) == replace(guided, grid="log_snr")
+    budget = BudgetOptions(models=("m",), sdes=("ve",), samples=40, buckets=3, label="2", jobs=2)
+    read = BUDGET.read(written(tmp_path, BUDGET.to_toml(budget)))
+    assert BudgetOptions(**read) == budget
+    for file, options in ((GUIDANCE, GuidanceOptions()), (BUDGET, BudgetOptions())):
+        assert file.options(**file.read(written(tmp_path, file.to_toml(options)))) == options
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "message"),
+    [
+        ("guidance", "[compare]\nnfe = [8]\n", "[compare] is of another command than guidance; "),
+        ("guidance", "[compare]\n[guidance]\n", "run: sde-diffusion compare "),
+        ("compare", "[guidance]\n", "[guidance] is of another command than compare; run: sde-diff"),
+        ("compare", "[error-budget]\n", "run: sde-diffusion error-budget "),
+        ("compare", 'guidance = ["cfg"]\n', "guidance stands in no table; put a line [compare]"),
+        ("error-budget", "[error_budget]\n", "table 'error_budget'. Did you mean 'error-budget'?"),
+        ("error-budget", "[guidance]\n", "run: sde-diffusion guidance "),
+        ("error-budget", "[error-budget]\nbuckets = 'x'\n", "[error-budget] buckets: input should"),
+        ("error-budget", "[error-budget]\nbuckets = 0\n", "[error-budget] buckets: --buckets must"),
+        (
+            "error-budget",
+            "[error-budget]\ntargets = ['rnig']\n",
+            "[error-budget] targets: unknown ",
+        ),
+        (
+            "error-budget",
+            "[error-budget]\nthroughput = true\n",
+            "unknown key in [error-budget] 'th",
+        ),
+        ("guidance", "[guidance]\nuntil_resolved = true\n", "unknown key in [guidance] 'until_re"),
+        ("guidance", "[guidance]\ntolerance = 0\n", "mine.toml, [guidance] tolerance: --tolerance"),
+        ("guidance", "[guidance]\nintervals = [[1, 2]]\n", "[guidance] intervals.0: input should "),
+        ("guidance", "[guidance]\nintervals = ['2:1']\n", "[guidance] intervals: --intervals must"),
+    ],
+)
+def test_a_file_is_of_the_command_that_its_table_names(
+    command: str, text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run(written(tmp_path, text), command=command)
+    assert done.exit_code == 2, done.output
+    (line,) = done.stderr.strip().splitlines()
+    assert message in line
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.toml"]
+
+
+def test_the_commands_that_take_files_are_those_that_are_named() -> None:
+    assert {file.table for file in (FILE, GUIDANCE, BUDGET)} == set(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("command", "example", "rows"),
+    [("guidance", "guidance.toml", 5), ("error-budget", "error_budget.toml", 6)],
+)
+def test_other_examples_run_and_their_run_folders_repeat_them(
+    command: str, example: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("experiments.budget_problem.FINE_ODE_STEPS", 6)
+    monkeypatch.setattr("experiments.budget_problem.FINE_SDE_STEPS", 12)
+    monkeypatch.setattr(ExactGuidanceJudge, "fine_steps", 20)
+    small = ["--samples", "40", "--repeats", "1", "--sde", "vp", "--jobs", "1", "--out", "a"]
+    given = [EXAMPLES / example, *small, *(["--solver", "ddim"] if command == "guidance" else [])]
+    given += ["--nfe", "8"] if command == "guidance" else []
+    printed = run(*given, "--write-experiment", "-", command=command)
+    assert printed.exit_code == 0, printed.output
+    assert not list(tmp_path.iterdir())
+    done = run(*given, command=command)
+    assert done.exit_code == 0, done.output
+    assert (Path("a") / EXPERIMENT).read_text() == printed.stdout
+    assert len(load_results("a")["rows"]) == rows
+    assert load_results("a")["timing"]["overhead_share"] is not None
+    again = run(Path("a") / EXPERIMENT, "--out", "b", command=command)
+    assert again.exit_code == 0, again.output
+    keys = [[r.key for r in read_table(Path(out) / "cells.parquet")] for out in ("a", "b")]
+    assert keys[0] == keys[1]
+
+
+def test_an_error_budget_of_nothing_is_of_the_ring(tmp_path: Path) -> None:
+    """As on the command line: a file need not say what is the default."""
+    file = written(tmp_path, "[error-budget]\nnfe = [4]\n")
+    options, _ = BUDGET.combined(BudgetOptions(), str(file), ())
+    assert budget_plan.make_plan(options).subject.name == "ring"
+
+
+@pytest.mark.parametrize("file", [FILE, GUIDANCE, BUDGET], ids=lambda file: file.table)
+def test_a_file_has_the_defaults_of_the_command_line(file: ExperimentFile[Any]) -> None:
+    printed = run("--write-experiment", "-", command=file.table)
+    assert printed.exit_code == 0, printed.output
+    assert printed.stdout == file.to_toml(file.options())
