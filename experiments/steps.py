@@ -2,13 +2,16 @@
 
 * Deterministic solvers: root mean square distance, sample by sample, from the finely solved ODE
   from the same noise, in float64. On one problem with one noise there is no Monte Carlo in it.
+  A network is computed in float64 where it can be (`experiments.precision`), and the floor is
+  measured: the distance between the fine solution and one of half its steps, which bounds what
+  is left of the reference's own error and, in either precision, what rounding does to it.
 * Stochastic solvers: the weak error ``|E log p(X) - E log p(X_true)|`` in nats, with ``p`` the
   exact density at ``t_min`` and ``X_true`` exact samples of it. It has a floor, the standard error
   of that mean; only points three times above it are fitted.
 
-The order has a 95 % interval by the bootstrap over samples (256 pairs; the log densities of the
-others), and holds in the asymptotic region that `experiments.asymptotics` finds; from there the
-evaluations for a wanted error follow.
+The order has a 95 % interval by the bootstrap over samples (256 pairs, of networks ``--samples``;
+the log densities of the others), and holds in the asymptotic region that
+`experiments.asymptotics` finds; from there the evaluations for a wanted error follow.
 
 The grid is uniform in log-SNR by default: in t, VP and its kin need many hundred steps before
 errors fall as they will in the limit.
@@ -26,66 +29,28 @@ import torch
 from torch import Tensor
 
 from experiments.asymptotics import ErrorLaw, Needed, fit_law
-from experiments.compare import Interrupted, Progress
-from experiments.conditions import Condition
-from experiments.draw import Drawn, Machine, make_machine, one_thread_each
+from experiments.computing import Interrupted, Progress
+from experiments.draw import Drawn, one_thread_each
 from experiments.estimates import Estimate, estimate
-from experiments.folders import default_out, prepare_out
-from experiments.metrics import paired_distances
+from experiments.folders import prepare_out
+from experiments.metrics import paired_distances, rms_distance
 from experiments.results import Row, RunFolder, plain
 from experiments.slopes import Slope, fit_slope
-from experiments.spec import parse_solver, spec_of
-from experiments.subjects import ExactSubject, Subject, SubjectOptions, make_subjects
-from sde_diffusion import NonFiniteError
-from sde_diffusion.errors import require_count, require_finite
-from solvers import Integrator, ProbabilityFlow, Solver, grids
+from experiments.spec import spec_of
+from experiments.steps_plan import StepsOptions, StepsPlan, make_plan
+from experiments.subjects import ExactSubject
+from sde_diffusion import GaussianMixture, NonFiniteError
+from solvers import Integrator, ProbabilityFlow, Solver
 from solvers.catalogue import name_of, settings_of
 
-SOLVERS = (
-    "probability_flow:method=euler",
-    "probability_flow",
-    "probability_flow:method=rk4",
-    "euler_maruyama",
-    "ancestral",
-)
-COUNTS = (8, 16, 32, 64, 128, 256)
+__all__ = ["PICTURE", "Fitted", "StepsOptions", "StepsPlan", "make_plan", "run"]
+
 PICTURE = "error_vs_steps.png"
 ROUNDING = 1e-12  # of a fine solution in float64
-_FINER = 2  # steps of the fine solution, times the most steps that are judged
-_PAIRED = 256  # samples that a deterministic solver is judged by
 _TRUE = 200_000  # true samples that a mean log density is taken of
 _TRUTH_SEED, _BOOTSTRAP_SEED = 0x5EED_0003, 0x5EED_0004
 _REPLICATES = 400
 _GROUP = 100  # samples whose mean log density is resampled as one
-
-
-@dataclass(frozen=True)
-class StepsOptions:
-    """What the command line says."""
-
-    target: str = "ring"
-    sdes: Sequence[str] = ("vp", "ve")
-    solvers: Sequence[str] = SOLVERS
-    counts: Sequence[int] = COUNTS
-    samples: int = 10_000
-    repeats: int = 3
-    seed: int = 0
-    grid: str = "log_snr"
-    wanted: Sequence[float] = ()
-    batch_size: int | None = None
-    device: str = "cpu"
-    out: str | None = None
-
-
-@dataclass
-class StepsPlan:
-    """Arguments known to be good."""
-
-    options: StepsOptions
-    subject: ExactSubject
-    solvers: list[Solver | Integrator]
-    machine: Machine
-    out: str
 
 
 @dataclass(frozen=True)
@@ -103,48 +68,6 @@ class Fitted:
     needed: tuple[Needed, ...] = ()
 
 
-def make_plan(options: StepsOptions) -> StepsPlan:
-    """Check everything.
-
-    Raises:
-        ValueError, TypeError: whatever is wrong with the options, before any work.
-    """
-    for count in options.counts:
-        require_count("--steps", count)
-    if len(set(options.counts)) < 2:
-        raise ValueError("--steps needs at least two different numbers, to see how errors fall")
-    for wanted in options.wanted:
-        require_finite("--wanted", wanted, above=0.0)
-    require_count("--samples", options.samples, least=2)
-    require_count("--repeats", options.repeats)
-    require_count("--seed", options.seed, least=0)
-    if options.batch_size is not None:
-        require_count("--batch-size", options.batch_size)
-    solvers = []
-    for text in options.solvers:
-        solver = parse_solver(text)
-        if getattr(solver, "adaptive", False):
-            raise ValueError(
-                f"--solver {text} chooses its own steps, so that there are none to count; use a "
-                "fixed method"
-            )
-        if solver not in solvers:
-            solvers.append(solver)
-    machine = make_machine(options.device, options.batch_size)
-    subject: Subject
-    (subject,) = make_subjects(SubjectOptions((options.target,), (), options.sdes))
-    if not isinstance(subject, ExactSubject):
-        raise ValueError(
-            f"--target {options.target} has no exact score, so that its solver errors cannot be "
-            "told from its network's; use an exact target (sde-diffusion targets)"
-        )
-    for sde in subject.sdes.values():
-        grids.resolve(options.grid, sde, 1)
-    config = {**asdict(options), "out": None, "batch_size": None, "device": None}
-    out = options.out or default_out("steps", [subject.name], config)
-    return StepsPlan(options, subject, solvers, machine, out)
-
-
 def run(plan: StepsPlan, progress: Progress) -> tuple[RunFolder, list[Fitted]]:
     """Measure, fit, and write rows as they are finished.
 
@@ -158,12 +81,19 @@ def run(plan: StepsPlan, progress: Progress) -> tuple[RunFolder, list[Fitted]]:
     counts = sorted(set(options.counts))
     fitted: list[Fitted] = []
     where = "the start"
-    progress.start(len(plan.subject.sdes) * len(plan.solvers) * sum(counts))
+    references = sum(plan.fine_steps) if any(not s.stochastic for s in plan.solvers) else 0
+    progress.start(len(plan.subject.sdes) * (len(plan.solvers) * sum(counts) + references))
+    plan.subject.to(plan.machine.device)
     try:
         with folder, one_thread_each():
             folder.write()
             for sde in plan.subject.sdes:
                 bench = _Bench(plan, sde)
+                if references:
+                    where = f"{sde} · the fine solution"
+                    progress.now(where)
+                    bench.fine()
+                    progress.done(references)
                 for solver in plan.solvers:
                     measured: dict[int, _Measured] = {}
                     for count in counts:
@@ -194,30 +124,35 @@ class _Measured:
     replicates: np.ndarray
 
 
+@dataclass(frozen=True)
+class _Fine:
+    """A fine solution (N, *event), and the distance that may be left between it and the exact."""
+
+    x: Tensor
+    floor: float
+
+
 class _Bench:
     """The references of one SDE."""
 
     def __init__(self, plan: StepsPlan, sde: str) -> None:
         self.plan = plan
         self.sde = sde
-        self._fine: Tensor | None = None
+        self._fine: _Fine | None = None
         self._truth: tuple[float, float] | None = None
 
     def error(self, solver: Solver | Integrator, count: int) -> _Measured:
         """The solver's samples at a number of steps, and their error."""
         options = self.plan.options
         if not solver.stochastic:
-            if self._fine is None:
-                steps = max(_FINER * max(options.counts), 256)
-                self._fine = self._draw(ProbabilityFlow("rk4"), steps, _PAIRED).x
-            drawn = self._draw(solver, count, _PAIRED)
-            squares = paired_distances(drawn.x, self._fine).square().double().numpy()
+            drawn = self._draw(solver, count, self.plan.pairs)
+            squares = paired_distances(drawn.x, self.fine().x).square().double().numpy()
             error = Estimate(math.sqrt(squares.mean()))
             return _Measured(drawn, error, np.sqrt(_resampled(squares, options.seed)))
-        drawn = self._draw(solver, count, options.samples * options.repeats)
+        drawn = self._draw(solver, count, self.plan.samples * options.repeats)
         mean, spread = self._true_mean()
         densities = self._log_density(drawn.x)
-        blocks = densities.split(options.samples)
+        blocks = densities.split(self.plan.samples)
         found = estimate(block.mean().item() - mean for block in blocks)
         stderr = None if found.stderr is None else math.hypot(found.stderr, spread / _TRUE**0.5)
         groups = np.array([group.mean().item() for group in densities.split(_group(densities))])
@@ -230,9 +165,17 @@ class _Bench:
     def floor(self, solver: Solver | Integrator) -> float:
         """Error below which a solver's error is not its own."""
         if not solver.stochastic:
-            return ROUNDING
+            return self.fine().floor
         options = self.plan.options
-        return self._true_mean()[1] / math.sqrt(options.samples * options.repeats)
+        return self._true_mean()[1] / math.sqrt(self.plan.samples * options.repeats)
+
+    def fine(self) -> _Fine:
+        """The fine solution, solved once."""
+        if self._fine is None:
+            plan, solver = self.plan, ProbabilityFlow("rk4")
+            *coarser, x = (self._draw(solver, n, plan.pairs).x for n in plan.fine_steps)
+            self._fine = _Fine(x, max([ROUNDING, *(rms_distance(other, x) for other in coarser)]))
+        return self._fine
 
     def fit(self, solver: Solver | Integrator, measured: dict[int, _Measured]) -> Fitted:
         floor = self.floor(solver)
@@ -257,7 +200,7 @@ class _Bench:
         if self._truth is None:
             plan = self.plan
             process = plan.subject.sdes[self.sde]
-            x, _ = plan.subject.target.sample(_TRUE, plan.options.seed + _TRUTH_SEED)
+            x, _ = self._target.sample(_TRUE, plan.options.seed + _TRUTH_SEED)
             noise = torch.Generator().manual_seed(plan.options.seed + _TRUTH_SEED + 1)
             x = process.perturb(x, process.t_min, torch.randn(x.shape, generator=noise))
             values = self._log_density(x)
@@ -265,16 +208,21 @@ class _Bench:
         return self._truth
 
     def _log_density(self, x: Tensor) -> Tensor:
+        process = self.plan.subject.sdes[self.sde]
+        level = process.at(float(process.t_min))
+        return torch.cat([self._target.log_prob_at(p, level) for p in x.double().split(8192)])
+
+    @property
+    def _target(self) -> GaussianMixture:
         subject = self.plan.subject
-        level = subject.sdes[self.sde].at(float(subject.sdes[self.sde].t_min))
-        return torch.cat(
-            [subject.target.log_prob_at(part, level) for part in x.double().split(8192)]
-        )
+        if not isinstance(subject, ExactSubject):
+            raise TypeError(f"{subject.name!r} has no exact density")
+        return subject.target
 
     def _draw(self, solver: Solver | Integrator, count: int, samples: int) -> Drawn:
         plan = self.plan
         return plan.machine.draw(
-            plan.subject.score_of(self.sde, Condition()),
+            plan.subject.score_of(self.sde, plan.condition),
             plan.subject.sdes[self.sde],
             solver,
             event_shape=plan.subject.event_shape,
@@ -282,9 +230,14 @@ class _Bench:
             steps=count,
             seed=plan.options.seed,
             grid=plan.options.grid,
-            dtype=torch.float32 if solver.stochastic else torch.float64,
+            dtype=torch.float32 if solver.stochastic else plan.dtype,
             suggested=plan.subject.suggested,
         )
+
+
+def precision_of(plan: StepsPlan) -> str:
+    """ "float64" or "float32": what ODEs are solved in."""
+    return str(plan.dtype).removeprefix("torch.")
 
 
 def _resampled(values: np.ndarray, seed: int) -> np.ndarray:
@@ -333,10 +286,11 @@ def _row(
         "declared_order": solver.order,
         "error": "weak: mean log density, nats"
         if solver.stochastic
-        else "RMS distance to the fine ODE, float64",
+        else f"RMS distance to the fine ODE, {precision_of(plan)}",
         "error_floor": bench.floor(solver),
         "grid": plan.options.grid,
         "seed": plan.options.seed,
+        "label": plan.condition.label,
         "samples": len(drawn.x),
         "status": "ok",
     }
@@ -345,6 +299,8 @@ def _row(
         settings=settings_of(solver),
         sde=sde,
         target=plan.subject.name,
+        guidance=plan.condition.guidance,
+        scale=plan.condition.scale,
         steps=count,
         nfe=drawn.nfe,
         network_passes=drawn.network_passes,
