@@ -15,9 +15,11 @@ from experiments import compare, generate, generate_shards, steps
 from experiments.advice import advise
 from experiments.asymptotics import evaluations_text
 from experiments.costs import throughput_table
+from experiments.experiment_file import EXPERIMENT
 from experiments.galleries import draw_pictures
 from experiments.plots import error_vs_steps
 from experiments.progress import ProgressBar
+from experiments.steps_plan import FILE
 from experiments.tables import comparison_tables, legend, make_console, wrote
 from experiments.timing import Timing
 
@@ -61,18 +63,25 @@ def run_compare(
     return len(outcome.failed)
 
 
-def run_steps(options: steps.StepsOptions) -> None:
-    """``sde-diffusion steps``."""
-    started = time.monotonic()
+def run_steps(options: steps.StepsOptions, write_to: str | None, started: float) -> None:
+    """``sde-diffusion steps``.
+
+    Args:
+        write_to: only check the options and write them to this experiment file; ``-``: print it.
+        started: `time.monotonic` when the command began.
+    """
     plan = steps.make_plan(options)
+    if write_to is not None:
+        FILE.put(options, write_to)
+        return
     with ProgressBar() as bar:
         folder, fitted = steps.run(plan, bar)
         bar.now("picture")
         laws = {(plan.subject.name, f.sde, f.solver): f.law for f in fitted if f.law is not None}
         error_vs_steps(folder.path / steps.PICTURE, folder.rows, metric="error", laws=laws)
     console = make_console()
-    console.print(_slope_table(plan.subject.name, options.grid, fitted, options.wanted))
-    wrote(console, folder.path, ["results.json", steps.PICTURE], started)
+    console.print(_slope_table(plan, fitted))
+    wrote(console, folder.path, ["results.json", EXPERIMENT, steps.PICTURE], started)
 
 
 def run_orders(options: orders.OrdersOptions) -> bool:
@@ -143,15 +152,21 @@ def _run_shards(
         wrote(console, written.folder, files, started)
 
 
-def _slope_table(
-    target: str, grid: str, fitted: list[steps.Fitted], wanted: Sequence[float]
-) -> Table:
+_NOISY = (
+    "SDE solvers: weak error, |mean log density - true|, in nats; its floor is the standard error. "
+)
+
+
+def _slope_table(plan: steps.StepsPlan, fitted: Sequence[steps.Fitted]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    table.title = Text.assemble((target, "bold"), f"  error against steps, grid {grid}")
+    wanted, asked = plan.options.wanted, f", {plan.condition}" if str(plan.condition) else ""
+    said = f"{asked}  error against steps, grid {plan.options.grid}"
+    table.title = Text.assemble((plan.subject.name, "bold"), said)
     table.title_justify = "left"
     counts = sorted({count for fit in fitted for count in fit.errors})
-    shown = counts if len(counts) <= 5 else [counts[0], counts[len(counts) // 2], counts[-1]]
-    table.add_column("steps")
+    room = 5 if not wanted else 3
+    shown = counts if len(counts) <= room else [counts[0], counts[len(counts) // 2], counts[-1]]
+    table.add_column("steps", overflow="fold")
     for count in shown:
         table.add_column(str(count), justify="right")
     table.add_column("declared", justify="right")
@@ -161,7 +176,9 @@ def _slope_table(
         table.add_column(f"NFE for {error:g}", justify="right")
     for sde in dict.fromkeys(fit.sde for fit in fitted):
         table.add_section()
-        table.add_row(Text(sde.upper(), style="bold"))
+        floors = [f.floor for f in fitted if f.sde == sde and f.kind == "ODE"]
+        known = f"  floor {floors[0]:.1g}" if floors else ""
+        table.add_row(Text.assemble((sde.upper(), "bold"), (known, "dim")))
         for fit in (f for f in fitted if f.sde == sde):
             slope = fit.slope
             law, region = fit.law, ""
@@ -188,10 +205,11 @@ def _slope_table(
                 region,
                 *map(evaluations_text, fit.needed),
             )
+    noisy = _NOISY if any(fit.kind == "SDE" for fit in fitted) else ""
     table.caption = Text(
-        "ODE solvers: RMS distance to the fine ODE from the same noise, float64. SDE solvers: weak "
-        "error, |mean log density - true|, in nats; dim: within three standard errors of zero, not "
-        "fitted. In brackets 95 %; on: the asymptotic region; *: finer than all grids.",
+        "ODE solvers: RMS distance to the fine ODE from the same noise, "
+        f"{steps.precision_of(plan)}. {noisy}Dim: at most three times the floor, not fitted. In "
+        "brackets 95 %; on: the asymptotic region; *: finer than all grids.",
         style="dim",
     )
     table.caption_justify = "left"

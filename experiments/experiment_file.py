@@ -31,7 +31,7 @@ from sde_diffusion.toml_files import (
 EXPERIMENT = "experiment.toml"
 """The file in a run folder that repeats the run."""
 
-COMMANDS = ("compare", "guidance", "error-budget")
+COMMANDS = ("compare", "steps", "guidance", "error-budget")
 """Commands that take a file, and the tables in it."""
 
 _UNWRITTEN = ("force",)  # an order to this run, and no part of what it is

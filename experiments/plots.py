@@ -83,7 +83,10 @@ def error_vs_steps(
     drawn = [row for row in rows if row.get("steps") and figure_of(row, metric) is not None]
     solvers, targets, sdes = _axes_of(drawn, metric)
     each = 3.3 + 0.19 * (len(solvers) + 1)
-    with picture(path, height=0.7 + each * len(targets), width=4.4 * max(len(sdes), 1)) as figure:
+    legend = 0.078 * (max(map(len, solvers)) + len(": 2.00 (1.95–2.05) on 16–128")) + 0.4  # inches
+    with picture(
+        path, height=0.7 + each * len(targets), width=0.7 + max(4.4, legend) * len(sdes)
+    ) as figure:
         grid = _panels(figure, targets, sdes)
         for i, target in enumerate(targets):
             for j, sde in enumerate(sdes):
@@ -115,6 +118,7 @@ def error_vs_steps(
                     ax.plot(ends[:2], fit[:2], color=Look(k).colour, linewidth=0.8, dashes=(3, 2))
                     entries.append((handle, f"{solver}: {_order(slope)}"))
                 shade_region(ax, known)
+                _look_at_errors(ax, [figure_of(row, metric) or 0.0 for row in here])
                 _finish(ax, here, "steps", METRICS.get(metric))
                 ax.set_title(f"{target} · {sde_title(sde)}", loc="left")
                 if entries:
@@ -131,6 +135,13 @@ def error_vs_steps(
             grid[i, 0].set_ylabel(_metric_label(metric))
         for ax in grid[-1]:
             ax.set_xlabel("Steps")
+
+
+def _look_at_errors(ax: Axes, values: Sequence[float]) -> None:
+    """Half a decade around what was measured: bands of little data go on for many."""
+    measured = [value for value in values if value > 0]
+    if measured:
+        ax.set_ylim(min(measured) / 3, max(measured) * 3)
 
 
 def row_label(row: Mapping[str, Any], rows: Rows = ()) -> str:

@@ -32,18 +32,27 @@ from experiments.asymptotics import ErrorLaw, Needed, fit_law
 from experiments.computing import Interrupted, Progress
 from experiments.draw import Drawn, one_thread_each
 from experiments.estimates import Estimate, estimate
+from experiments.experiment_file import EXPERIMENT
 from experiments.folders import prepare_out
 from experiments.metrics import paired_distances, rms_distance
-from experiments.results import Row, RunFolder, plain
+from experiments.results import Row, RunFolder, naming, plain, write_whole
 from experiments.slopes import Slope, fit_slope
 from experiments.spec import spec_of
-from experiments.steps_plan import StepsOptions, StepsPlan, make_plan
+from experiments.steps_plan import FILE, StepsOptions, StepsPlan, make_plan
 from experiments.subjects import ExactSubject
 from sde_diffusion import GaussianMixture, NonFiniteError
 from solvers import Integrator, ProbabilityFlow, Solver
 from solvers.catalogue import name_of, settings_of
 
-__all__ = ["PICTURE", "Fitted", "StepsOptions", "StepsPlan", "make_plan", "run"]
+__all__ = [
+    "PICTURE",
+    "Fitted",
+    "StepsOptions",
+    "StepsPlan",
+    "make_plan",
+    "precision_of",
+    "run",
+]
 
 PICTURE = "error_vs_steps.png"
 ROUNDING = 1e-12  # of a fine solution in float64
@@ -87,6 +96,8 @@ def run(plan: StepsPlan, progress: Progress) -> tuple[RunFolder, list[Fitted]]:
     try:
         with folder, one_thread_each():
             folder.write()
+            with naming(path / EXPERIMENT):
+                write_whole(path / EXPERIMENT, FILE.to_toml(plan.asked))
             for sde in plan.subject.sdes:
                 bench = _Bench(plan, sde)
                 if references:

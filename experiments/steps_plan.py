@@ -9,6 +9,7 @@ import torch
 
 from experiments.conditions import Condition, make_conditions
 from experiments.draw import Machine, make_machine
+from experiments.experiment_file import ExperimentFile
 from experiments.folders import default_out
 from experiments.precision import in_float64
 from experiments.spec import parse_solver, spec_of
@@ -16,7 +17,7 @@ from experiments.subjects import DIGITS, Subject, SubjectOptions, make_subjects
 from sde_diffusion.errors import require_count, require_finite
 from solvers import Integrator, Solver, grids
 
-__all__ = ["StepsOptions", "StepsPlan", "make_plan"]
+__all__ = ["FILE", "StepsOptions", "StepsPlan", "make_plan"]
 
 SOLVERS = (
     "probability_flow:method=euler",
@@ -56,15 +57,20 @@ class StepsOptions:
     out: str | None = None
 
 
+FILE = ExperimentFile("steps", StepsOptions, {"counts": "steps"})
+
+
 @dataclass
 class StepsPlan:
     """Arguments known to be good.
 
     Attributes:
+        asked: the options as they were given.
         options: defaults filled in.
         dtype: what the probability-flow ODE is solved in.
     """
 
+    asked: StepsOptions
     options: StepsOptions
     subject: Subject
     condition: Condition
@@ -85,7 +91,7 @@ def make_plan(options: StepsOptions) -> StepsPlan:
     """
     if options.model is not None and options.target is not None:
         raise ValueError("--model and --target are two things to sample; give one of them")
-    options = _filled(options)
+    asked, options = options, _filled(options)
     for count in options.counts:
         require_count("--steps", count)
     if len(set(options.counts)) < 2:
@@ -130,6 +136,7 @@ def make_plan(options: StepsOptions) -> StepsPlan:
     wide, dtype = in_float64(subject, condition, machine.device)
     most = max(options.counts)
     return StepsPlan(
+        asked=asked,
         options=replace(options, samples=samples),
         subject=wide,
         condition=condition,

@@ -21,6 +21,7 @@ from experiments.guidance_run import GuidanceOptions
 from experiments.planning import FILE, CompareOptions, make_plan
 from experiments.records import read_table
 from experiments.results import load_results
+from experiments.steps_plan import FILE as STEPS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 EXAMPLE = EXAMPLES / "compare.toml"
@@ -227,7 +228,7 @@ def test_a_file_is_of_the_command_that_its_table_names(
 
 
 def test_the_commands_that_take_files_are_those_that_are_named() -> None:
-    assert {file.table for file in (FILE, GUIDANCE, BUDGET)} == set(COMMANDS)
+    assert {file.table for file in (FILE, STEPS, GUIDANCE, BUDGET)} == set(COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +259,27 @@ def test_other_examples_run_and_their_run_folders_repeat_them(
     assert keys[0] == keys[1]
 
 
+def test_the_example_of_steps_runs_and_its_run_folder_repeats_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    few = ["--steps", "8,16", "--solver", "ddim", "--out", "a"]
+    printed = run(EXAMPLES / "steps.toml", *few, "--write-experiment", "-", command="steps")
+    assert printed.exit_code == 0, printed.output
+    assert not list(tmp_path.iterdir())
+    done = run(EXAMPLES / "steps.toml", *few, command="steps")
+    assert done.exit_code == 0, done.output
+    assert (Path("a") / EXPERIMENT).read_text() == printed.stdout
+    again = run(Path("a") / EXPERIMENT, "--out", "b", command="steps")
+    assert again.exit_code == 0, again.output
+    a, b = ([row["metrics"] for row in load_results(out)["rows"]] for out in ("a", "b"))
+    assert a == b
+    assert len(a) == 2
+    wrong = run(EXAMPLES / "guidance.toml", command="steps")
+    assert wrong.exit_code == 2
+    assert "run: sde-diffusion guidance" in wrong.output
+
+
 def test_an_error_budget_of_nothing_is_of_the_ring(tmp_path: Path) -> None:
     """As on the command line: a file need not say what is the default."""
     file = written(tmp_path, "[error-budget]\nnfe = [4]\n")
@@ -265,7 +287,7 @@ def test_an_error_budget_of_nothing_is_of_the_ring(tmp_path: Path) -> None:
     assert budget_plan.make_plan(options).subject.name == "ring"
 
 
-@pytest.mark.parametrize("file", [FILE, GUIDANCE, BUDGET], ids=lambda file: file.table)
+@pytest.mark.parametrize("file", [FILE, STEPS, GUIDANCE, BUDGET], ids=lambda file: file.table)
 def test_a_file_has_the_defaults_of_the_command_line(file: ExperimentFile[Any]) -> None:
     printed = run("--write-experiment", "-", command=file.table)
     assert printed.exit_code == 0, printed.output

@@ -26,6 +26,7 @@ COMMANDS = {
     "restore": "-n 2 --samples 2 --steps 4 --method replacement --method dps --data DATA",
     "interpolate": f"--pairs 2 --points 3 {FEW} --data DATA",
     "error-budget": "--nfe 4 --solver ddim --samples 6 --repeats 2",
+    "steps": "--steps 4,8 --solver probability_flow --samples 2",
     "compare": "--nfe 4 --solver ddim --samples 12 --repeats 2 --features raw --data DATA --jobs 1",
 }
 WRITTEN = {
@@ -33,6 +34,7 @@ WRITTEN = {
     "restore": "restored.json",
     "interpolate": "interpolation.json",
     "error-budget": "results.json",
+    "steps": "results.json",
     "compare": "results.json",
 }
 
