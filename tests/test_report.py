@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -19,13 +18,13 @@ from experiments.compare import CompareOptions, make_plan
 from experiments.merging import merge
 from experiments.reporting import page, pictures
 from experiments.reporting.budgets import budget_charts, largest_table
-from experiments.reporting.charts import Chart, quality_charts, undominated
 from experiments.reporting.contents import verdicts
 from experiments.reporting.page import render, write_report
 from experiments.reporting.scales import breaks_table
 from experiments.reporting.slopes import slope_charts, slope_table
 from experiments.reporting.sources import load_source
 from experiments.runs import Run, load_run
+from tests.reported import shown
 from tests.test_compare import Silent
 from tests.test_plots import row
 
@@ -97,8 +96,8 @@ def test_every_row_and_figure_is_on_the_page(run: Run, text: str) -> None:
     parsed = Page(text)
     rows = [element for element in parsed.elements if element[0] == "tr"]
     values = [attributes["data-value"] for attributes, _ in parsed.all("td", **{"class": "number"})]
-    for shown in run.rows:
-        assert repr(float(shown["metrics"]["energy"]["value"])) in values
+    for one in run.rows:
+        assert repr(float(one["metrics"]["energy"]["value"])) in values
     # Rows of the table have a status at their end; those of the advice's evidence have none.
     assert len([r for r in rows if r[2][0].rstrip().endswith("ok")]) == len(run.rows)
     assert parsed.all("code", id="command")[0][1] == run.results["command"]
@@ -374,57 +373,3 @@ def test_the_command_writes_it_and_names_mistakes(run: Run, tmp_path: Path) -> N
         wrong = runner.invoke(app, ["report", *arguments])
         assert wrong.exit_code == 2
         assert words in " ".join(wrong.output.split())
-
-
-def shown(solver: str, nfe: int, value: float, stderr: float | None = 0.01, **more: Any) -> Any:
-    metrics = {"energy": {"value": value, "stderr": stderr}}
-    given = {"nfe": nfe, "budget": nfe, "spec": solver, "primary": "energy", "truth": "exact"}
-    return row(solver=solver, metrics=metrics, **{**given, **more})
-
-
-def test_other_laws_have_charts_of_their_own() -> None:
-    guided = {"guidance": "cfg", "scale": 2.0, "guided_by": "cfg γ=2"}
-    ode, sde = "the guided ODE, finely solved", "the guided SDE, finely solved"
-    rows = [
-        shown("a", 10, 0.1, truth=ode, **guided),
-        shown("b", 10, 0.5, truth=sde, **guided),
-    ]
-    assert len(quality_charts(rows, "nfe")) == 2
-
-
-def test_the_front_is_what_nothing_beats() -> None:
-    """Against the definition, pair by pair, on random points."""
-    import numpy as np
-
-    points = np.random.default_rng(0).uniform(0.1, 1, (60, 2))
-    rows = [shown(f"s{i}", float(c), float(v)) for i, (c, v) in enumerate(points)]
-    front = {r["spec"] for r in undominated(rows, "energy", "nfe")}
-    beaten = {
-        f"s{i}"
-        for i, (c, v) in enumerate(points)
-        if any(a <= c and b <= v and (a, b) != (c, v) for a, b in points)
-    }
-    assert front == {r["spec"] for r in rows} - beaten
-    assert len(front) > 2
-
-
-def test_intervals_stay_on_a_logarithmic_axis() -> None:
-    chart: Chart = quality_charts([shown("a", 10, 0.01, 0.02), shown("a", 20, 0.02, 0.001)], "nfe")[
-        0
-    ]
-    line = next(trace for trace in chart.figure["data"] if trace.get("meta") == "sampler")
-    low = [y - d for y, d in zip(line["y"], line["error_y"]["arrayminus"], strict=True)]
-    assert min(low) > 0
-    assert low[1] == pytest.approx(0.018)
-    assert line["error_y"]["array"] == pytest.approx([0.04, 0.002])
-    ticks = chart.figure["layout"]["yaxis"]["tickvals"]
-    assert [float(t) for t in chart.figure["layout"]["yaxis"]["ticktext"]] == pytest.approx(ticks)
-    assert math.isclose(chart.figure["data"][0]["y"][0], 0.01)  # the front: no floor in these rows
-
-
-def test_seconds_are_of_as_many_samples_whatever_a_row_has() -> None:
-    few = shown("a", 10, 0.1, samples=500, seconds=0.1)
-    many = shown("b", 10, 0.2, samples=2000, seconds=0.2)
-    traces = quality_charts([few, many], "seconds")[0].figure["data"]
-    spent = {t["name"]: t["x"] for t in traces if t.get("meta") == "sampler"}
-    assert spent == {"a": [pytest.approx(0.2)], "b": [pytest.approx(0.1)]}
